@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# The whole GPU programme in one call of under nine minutes: tests, mamba_ssm's CUDA scan built from its sources, the scan
+# alone, whole models.
+#
+#     benchmarks/gpu.sh [OUTPUT]      OUTPUT: folder for results and logs (default: benchmarks/results)
+#
+# Needs no network. What is not there is left out, and said: $MAMBA_SSM_SRC, unpacked sources of mamba_ssm (default:
+# .cache/mamba_ssm-src); $PUBLISHED, a folder with the package mambavision 1.2.0 (default: .cache/mambavision-1.2.0).
+# Outside git, $COMMIT names the commit. A step that fails or runs out of time leaves what it has written, and the next
+# one starts; the exit status is the number of such steps.
+
+set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+output=${1:-$root/benchmarks/results}
+output=$(mkdir -p "$output" && cd "$output" && pwd) || exit 1
+cd "$root" || exit 1
+
+total=${TOTAL:-530} # seconds for everything
+build=190           # in the background, while the tests run
+gpu_tests=130
+scan_tests=50
+mamba_ssm_tests=25
+scan=75
+models=60
+compiled=90
+training=45
+sizes=45
+
+python=${PYTHON:-python3}
+sources=${MAMBA_SSM_SRC:-.cache/mamba_ssm-src}
+published=${PUBLISHED:-.cache/mambavision-1.2.0}
+built=$PWD/.cache/mamba_ssm
+log=$output/gpu.log
+failed=()
+: >"$log"
+export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export PYTHONPATH=$built${PYTHONPATH:+:$PYTHONPATH}
+
+say() { echo "$@" | tee -a "$log"; }
+
+step() { # step NAME SECONDS COMMAND...: runs it within its time and what is left of the total
+  local name=$1 seconds=$2 left=$((total - SECONDS)) status
+  shift 2
+  ((seconds = seconds < left ? seconds : left))
+  say "== $name, at most $seconds s: $*"
+  if ((seconds < 5)); then
+    say "no time left"
+    status=124
+  else
+    timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$log"
+    status=${PIPESTATUS[0]}
+  fi
+  ((status)) && failed+=("$name ($status)")
+  say "== $name ended with $status, $SECONDS s in all"
+}
+
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "error: torch finds no GPU here" >&2
+  exit 1
+fi
+
+if [[ -d $sources ]]; then
+  timeout --kill-after=5 "$build" "$python" benchmarks/cuda_scan.py "$sources" "$built" >"$output/build.log" 2>&1 &
+  building=$!
+else
+  say "no $sources: mamba_ssm's CUDA scan is left out"
+  building=
+fi
+
+step gpu-tests "$gpu_tests" "$python" -m pytest -o addopts= -q -m gpu tests
+step scan-tests "$scan_tests" "$python" -m pytest -o addopts= -q -m "not gpu" tests/test_scan*.py
+
+if [[ $building ]]; then
+  wait "$building"
+  status=$?
+  say "== build of mamba_ssm's CUDA scan ended with $status, $SECONDS s in all"
+  if ((status)); then
+    failed+=("build ($status)")
+    say "$(tail -n 20 "$output/build.log")"
+  else
+    step mamba_ssm-tests "$mamba_ssm_tests" "$python" -m pytest -o addopts= -q -m gpu -k mamba_ssm tests
+  fi
+fi
+
+common=(--device cuda --results "$output")
+models_common=("${common[@]}")
+[[ -d $published ]] && models_common+=(--published "$published")
+step scan "$scan" "$python" benchmarks/scan.py "${common[@]}" --lengths 196 49 1024 4096 12544 \
+  --contenders triton mamba_ssm mamba_ssm-native triton-graph mamba_ssm-graph mamba_ssm-native-graph
+step models "$models" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference --batches 128 \
+  --precisions bf16
+step compiled "$compiled" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference --batches 128 \
+  --precisions bf16 --contenders ours-compiled ours-fused-compiled published convnext_tiny convnext_tiny-compiled
+step training "$training" "$python" benchmarks/throughput.py "${models_common[@]}" --modes training \
+  --precisions autocast-bf16 --rounds 7
+step sizes "$sizes" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference resolution --batches 8 1 \
+  --precisions bf16 autocast-fp16 --rounds 7
+
+if ((${#failed[@]})); then
+  echo "error: of the steps, these failed: ${failed[*]}" >&2
+fi
+exit ${#failed[@]}

@@ -1,0 +1,233 @@
+"""Reading: a checkpoint file, a folder or a Hub repository becomes named tensors, and no code of theirs runs.
+
+The tensors are views of memory-mapped files: what is not used is never read.
+"""
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from safetensors.torch import load_file
+
+from .errors import ConversionError, first_sentence, listed, size
+
+
+@dataclass
+class Source:
+    """What was read: the tensors, by their names without common prefixes (`module.`, `model.`)."""
+
+    name: str  # as the user gave it
+    files: list[Path]
+    tensors: dict[str, torch.Tensor]
+    config: dict = field(default_factory=dict)  # a folder's config.json
+    stamps: list[tuple] = field(default_factory=list)  # of the files, before they were read
+
+    def check_unchanged(self) -> None:
+        """
+        Raises:
+            ConversionError: a file was written to or replaced since it was read, by a training that goes on.
+        """
+        for path, stamp in zip(self.files, self.stamps, strict=True):
+            if _stamp(path) != stamp:
+                raise ConversionError(f"{path} was changed while it was converted: try again")
+
+
+def read_source(source: str, ema: bool) -> Source:
+    """
+    Args:
+        source: a .pth.tar, .pth or .safetensors file, a folder with one such file or with shards, or a Hub id.
+        ema: whether to take the exponential-average weights, `state_dict_ema`.
+
+    Raises:
+        ConversionError: there is no such source, or it is not a whole checkpoint of plain tensors.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _read_files(source, [path], {}, ema)
+    if path.is_dir():
+        return _read_folder(source, path, ema)
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise ConversionError(f"{source} is neither a file, a folder nor the id of a Hub repository (OWNER/NAME)")
+    return _read_folder(source, _download(source, ema), ema)
+
+
+def _download(repo_id: str, ema: bool) -> Path:
+    """The repository's folder in the Hub's cache, with its safetensors, or else its .pth files."""
+    safetensors = ["*.safetensors", "*.safetensors.index.json"]
+    pickles = ["*.pth.tar", "*.pth"]
+    folder = Path()
+    try:
+        for patterns in (pickles,) if ema else (safetensors, pickles):
+            folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=["config.json", *patterns]))
+            if any(file for pattern in patterns for file in folder.glob(pattern)):
+                break
+    except Exception as error:  # of the network, the Hub, the cache: each with its own class
+        raise ConversionError(
+            f"{repo_id} is no file or folder here, and the Hub does not give it: {first_sentence(error)}"
+        ) from error
+    return folder
+
+
+def _read_folder(source: str, folder: Path, ema: bool) -> Source:
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() and not ema:
+        files = [folder / "model.safetensors"]
+    elif index.is_file() and not ema:
+        files = _shards(index)
+    else:
+        kinds = ["*.pth.tar", "*.pth"] if ema else ["*.safetensors", "*.pth.tar", "*.pth", "*.bin"]
+        files = next((found for kind in kinds if (found := sorted(folder.glob(kind)))), [])
+        if len(files) != 1:
+            there = listed(file.name for file in files) or "none"
+            raise ConversionError(f"{source} must hold one checkpoint, and holds {there}: name the file itself")
+    return _read_files(source, files, config if isinstance(config, dict) else {}, ema)
+
+
+def _shards(index: Path) -> list[Path]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{index} has no weight_map from tensors to files")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors") or not (index.parent / name).is_file():
+            raise ConversionError(f"{index} names {name!r}, which is no safetensors file in the same folder")
+    return [index.parent / name for name in names]
+
+
+def _read_files(source: str, files: list[Path], config: dict, ema: bool) -> Source:
+    tensors, stamps = {}, [_stamp(path) for path in files]
+    for path in files:
+        part = _read_safetensors(path, ema) if path.suffix == ".safetensors" else _read_pickle(path, ema)
+        if twice := sorted(tensors.keys() & part.keys()):
+            raise ConversionError(f"{source} holds {listed(twice)} in {path.name} and in another file")
+        tensors.update(part)
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ConversionError(f"the weights of {source} hold {name!r}, which is not a tensor")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.numel() == 0:
+            raise ConversionError(f"{name} of {source} is empty, or not a plain dense tensor")
+    # A view can repeat a single stored value a billion times; written out, it would fill the disk.
+    claimed, stored = sum(t.nbytes for t in tensors.values()), sum(path.stat().st_size for path in files)
+    if claimed > stored:
+        raise ConversionError(f"the tensors of {source} claim {size(claimed)}, and its files hold {size(stored)}")
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    return Source(source, files, without_prefixes(tensors), config, stamps)
+
+
+def _stamp(path: Path) -> tuple:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def without_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Less the names of wrappers that all of them start with: data parallelism, torch.compile, the published class."""
+    for prefix in ("module.", "_orig_mod.", "module.", "model."):
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _read_safetensors(path: Path, ema: bool) -> dict[str, torch.Tensor]:
+    if ema:
+        raise ConversionError(f"--ema needs a checkpoint of a training loop, and {path.name} holds one set of weights")
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ConversionError(
+            f"{path} is not a whole safetensors file (truncated or foreign): {first_sentence(error)}"
+        ) from error
+
+
+class _Ignored:
+    """Stands for what a checkpoint holds beside its tensors; keeps nothing and does nothing."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# What the training loops of timm and mmengine save beside the weights: each is read as an `_Ignored` of that name, so
+# that nothing of these modules is imported or called.
+STAND_INS = [
+    type(name, (_Ignored,), {"__module__": module})
+    for module, names in {
+        "argparse": "Namespace",
+        "builtins": "getattr",
+        "collections": "defaultdict",
+        "mmengine.config.config": "ConfigDict",
+        "mmengine.logging.history_buffer": "HistoryBuffer",
+        "numpy": "dtype ndarray",
+        "numpy.core.multiarray": "scalar _reconstruct",
+        "numpy._core.multiarray": "scalar _reconstruct",
+        "numpy.dtypes": "Float32DType Float64DType Int64DType",
+        "pathlib": "Path PosixPath WindowsPath",
+    }.items()
+    for name in names.split()
+]
+
+
+def _read_pickle(path: Path, ema: bool) -> dict:
+    """The weights in a file of torch.save, by torch's unpickler that builds tensors and calls nothing else."""
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
+        _refuse_zip_bombs(path)
+    others = torch.serialization.get_safe_globals()  # of the process: neither to meet the stand-ins nor to replace them
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(STAND_INS)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:
+        if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ConversionError(
+                f"{path} is a pickle that asks for {unsafe[1]}, which is no part of weights: refused, nothing was run"
+            ) from error
+        raise ConversionError(
+            f"{path} is not a whole PyTorch checkpoint (truncated or foreign): {first_sentence(error)}"
+        ) from error
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
+    saved = saved if isinstance(saved, dict) else {}
+    keys = ("state_dict_ema",) if ema else ("state_dict", "model")
+    for key in keys:
+        if isinstance(saved.get(key), dict):
+            return saved[key]
+    if not ema and any(isinstance(value, torch.Tensor) for value in saved.values()):
+        return saved  # the weights themselves
+    raise ConversionError(f"{path} has no weights under {' or '.join(keys)}, only {listed(saved) or 'nothing'}")
+
+
+def _refuse_zip_bombs(path: Path) -> None:
+    """torch.save compresses nothing, and no two of its entries share bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ConversionError(f"{path} is a broken zip archive: {first_sentence(error)}") from error
+    stored = sum(entry.file_size for entry in entries)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or stored > path.stat().st_size:
+        raise ConversionError(f"{path} unpacks to {size(stored)}, more than it holds: no checkpoint of torch.save")
+
+
+def read_json(path: Path):
+    """
+    Raises:
+        ConversionError: the file is not JSON, or larger than any configuration.
+    """
+    try:
+        if path.stat().st_size > 2**26:
+            raise ValueError(f"it has {size(path.stat().st_size)}")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is not the JSON file it should be: {first_sentence(error)}") from error

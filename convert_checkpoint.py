@@ -1,0 +1,191 @@
+"""Published MambaVision weights in, a complete and verified repository folder out.
+
+    python convert_checkpoint.py mambavision_tiny_1k.pth.tar MambaVision-T-1K
+    python convert_checkpoint.py nvidia/MambaVision-L3-256-21K L3 --dtype bfloat16
+    python convert_checkpoint.py mamba_vision_160k_ade20k-512x512_tiny.pth T-ade20k
+
+The stages, each a file of `conversion/`: read the source without running code from it (source.py); recognise the
+published model and match every tensor by a table, strictly both ways (plan.py); write the folder beside its place
+(folder.py); load it back and verify it (verify.py); put it in its place whole (workshop.py).
+
+Tensors stay views of the memory-mapped source until they are written, one at a time: the peak is one copy of them.
+"""
+
+import argparse
+import hashlib
+import signal
+import sys
+import time
+import types
+from pathlib import Path
+
+
+if not __package__:  # run as a script: the model files import each other relatively, and need a package
+    __package__ = "mambavision_repository"
+    sys.modules[__package__] = types.ModuleType(__package__)
+    sys.modules[__package__].__path__ = [str(Path(__file__).resolve().parent)]
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from tqdm import tqdm
+
+from .conversion.errors import ConversionError, first_sentence, one_line, size
+from .conversion.folder import write_report, write_rest, write_weights
+from .conversion.plan import FLOATS, make_plan, read_labels
+from .conversion.source import read_source
+from .conversion.verify import import_official, verify
+from .conversion.workshop import Workshop
+
+
+__version__ = "1.0.0"
+
+
+def convert(args: argparse.Namespace) -> str:
+    """All stages; gives the line that says what was written and how close it is.
+
+    Raises:
+        ConversionError, OSError, ValueError, ImportError: what a user can get wrong; nothing is left behind.
+    """
+    start = time.monotonic()
+    target = Path(args.output).resolve()
+    origin = Path(args.source).resolve()
+    if origin.exists() and target in (origin, *origin.parents):
+        raise ConversionError(f"{args.source} lies in {args.output}, whose place the result takes: choose another")
+    if args.push_to_hub:
+        check_hub(args.push_to_hub)
+    if args.verify_against_official:
+        import_official()
+    labels = read_labels(args.labels) if args.labels else None
+
+    with Workshop(target, args.overwrite) as workshop:
+        source = read_source(args.source, args.ema)
+        plan = make_plan(source, args.variant, labels, args.backbone_only)
+        for note in plan.notes:
+            print(f"note: {one_line(note)}", file=sys.stderr)
+        written = write_weights(workshop.new, plan, source, FLOATS.get(args.dtype), args.max_shard_size)
+        write_rest(workshop.new, plan, written)
+        in_source = len(source.tensors)
+        source.tensors.clear()  # unmaps the source before the written folder is mapped
+        figures = {} if args.no_verify else verify(workshop.new, plan, written, args.verify_against_official)
+        report = {
+            "converter": f"convert_checkpoint.py {__version__}",
+            "source": {
+                "name": origin.name if origin.exists() else args.source,
+                "weights": "exponential average" if args.ema else "as trained",
+                "files": [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in source.files],
+            },
+            "variant": plan.variant,
+            "task": plan.task.name,
+            "decisions": plan.notes,
+            "dtype": args.dtype or "as in the source",
+            "tensors": {"source": in_source, "converted": len(written), "left_out": in_source - len(written)},
+            "values": sum(tensor.count for tensor in written.values()),
+            "verification": figures,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        write_report(workshop.new, plan, report, args.push_to_hub or target.name)
+        source.check_unchanged()
+        total = sum(file.stat().st_size for file in workshop.new.iterdir())
+        workshop.publish()
+
+    close = "all of them equal bit for bit when loaded back, outputs finite" if figures else "not verified"
+    if "difference_from_official" in figures:
+        furthest = max(figures["difference_from_official"].values())
+        close += f" and within {furthest:.0e} standard deviations of the mambavision package's"
+    seconds = time.monotonic() - start
+    return (
+        f"wrote {args.output}: {plan.variant}, {plan.task.name}, {size(total)} in {seconds:.0f} s,"
+        f" {len(written)} tensors, {close}"
+    )
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    length = path.stat().st_size
+    with path.open("rb") as file, tqdm(total=length, desc="hashing", unit="B", unit_scale=True, delay=1) as bar:
+        while block := file.read(2**22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def check_hub(repo_id: str) -> None:
+    """Before any work: can this be a repository's name, and is there a token?
+
+    Raises:
+        ConversionError: no.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConversionError(f"--push-to-hub {repo_id}: {first_sentence(error)}") from error
+    if not huggingface_hub.get_token():
+        raise ConversionError("--push-to-hub needs a Hugging Face token: log in with `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload the folder; gives its URL.
+
+    Raises:
+        ConversionError: the Hub does not take it.
+    """
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message="Converted weights")
+    except Exception as error:  # of the network, the Hub, the token: each with its own class
+        raise ConversionError(f"{folder} is written, but its upload failed: {first_sentence(error)}") from error
+    return str(url)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        description="Turn published MambaVision weights into a complete, verified repository folder.",
+        epilog="The converted weights keep NVIDIA's licences; see LICENSE in the folder.",
+    )
+    parser.add_argument("source", help="a .pth.tar, .pth or .safetensors file, a folder, or a Hub id")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--variant", help="the published model, instead of recognising it by its tensors")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, if it is a model's folder")
+    parser.add_argument("--dtype", choices=list(FLOATS), help="cast all but A_log, D and the BatchNorm statistics")
+    parser.add_argument("--ema", action="store_true", help="take the exponential-average weights (state_dict_ema)")
+    parser.add_argument("--labels", type=Path, help="names of the classes: a text with one on each line, or JSON")
+    parser.add_argument("--backbone-only", action="store_true", help="of a segmentation checkpoint, the backbone alone")
+    parser.add_argument("--max-shard-size", default="5GB", help="split larger weights into files of this size (5GB)")
+    parser.add_argument("--no-verify", action="store_true", help="do not load the folder back")
+    parser.add_argument("--verify-against-official", action="store_true", help="compare with the mambavision package")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the folder to this Hub repository")
+    parser.add_argument("--private", action="store_true", help="create that repository as a private one")
+    args = parser.parse_args(argv)
+    if args.no_verify and args.verify_against_official:
+        parser.error("--no-verify and --verify-against-official exclude each other")
+    if args.private and not args.push_to_hub:
+        parser.error("--private is about the repository of --push-to-hub, which is not given")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        print(convert(args))
+        if args.push_to_hub:
+            print(push(Path(args.output), args.push_to_hub, args.private))
+    except (ConversionError, OSError, ValueError, ImportError) as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # unwinds, and so clears up
+    sys.exit(main())

@@ -1,0 +1,639 @@
+"""MambaVision: a hybrid Mamba-Transformer vision backbone, as transformers models.
+
+Source: Hatamizadeh and Kautz, "MambaVision: A Hybrid Mamba-Transformer Vision Backbone", CVPR 2025, arXiv 2407.08083.
+The function computed, and the names of modules and tensors, are those of the published weights.
+
+Read top-down, in the order in which the image flows: stem, convolution stages, token stages, backbone; then the three
+transformers models around the backbone. B is the batch, C the channels of a stage, L the tokens of a window.
+"""
+
+import copy
+import math
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputWithNoAttention
+from transformers.utils import ModelOutput
+
+from .configuration_mambavision import MambaVisionConfig
+from .fusion_mambavision import fused_copy
+from .selective_scan import backend_on, is_traced_for_export, scan_concat, selective_scan, silu_convolve
+
+
+with suppress(ImportError):  # without Triton; named here for transformers 4, which takes along what this file imports
+    from .selective_scan_triton import scan as _  # noqa: F401
+
+try:  # transformers 5
+    from transformers.backbone_utils import BackboneMixin
+except ImportError:
+    from transformers.utils.backbone_utils import BackboneMixin
+
+
+STATES = 8  # of the selective scan, per channel
+# Where a checkpoint comes from, among the arguments of `from_pretrained`
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class PatchEmbed(nn.Module):
+    """The stem: an image (B, in_chans, H, W) to a map (B, dim, H/4, W/4), sides rounded up."""
+
+    def __init__(self, in_chans: int, in_dim: int, dim: int):
+        super().__init__()
+        self.conv_down = nn.Sequential(
+            nn.Conv2d(in_chans, in_dim, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(in_dim, eps=1e-4),
+            nn.ReLU(),
+            nn.Conv2d(in_dim, dim, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(dim, eps=1e-4),
+            nn.ReLU(),
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        # channels_last: the faster layout of the convolutions, and the one in which windows of tokens are a view
+        return self.conv_down(self._checked(pixel_values).contiguous(memory_format=torch.channels_last))
+
+    def _checked(self, pixel_values: Tensor) -> Tensor:
+        """The input in the weights' precision; reads only what a tracer knows too, so it costs a graph nothing."""
+        if not isinstance(pixel_values, Tensor):
+            raise TypeError(f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}")
+        if not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values must be normalised, floating-point images, got {pixel_values.dtype}")
+        channels = getattr(self.conv_down[0], "in_channels", None)  # code may put another module there
+        if pixel_values.ndim != 4 or (channels is not None and pixel_values.shape[1] != channels):
+            expected = f"(batch, {channels or 'channels'}, height, width)"
+            raise ValueError(f"pixel_values must have shape {expected}, got {tuple(pixel_values.shape)}")
+        if pixel_values.shape[2] == 0 or pixel_values.shape[3] == 0:
+            raise ValueError(f"pixel_values must have sides of at least 1 pixel, got {tuple(pixel_values.shape)}")
+        return pixel_values.to(self.conv_down[3].weight.dtype)
+
+
+class Downsample(nn.Module):
+    """Between stages: a map (B, C, H, W) to (B, 2C, H/2, W/2), sides rounded up."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.reduction = nn.Sequential(nn.Conv2d(dim, 2 * dim, 3, 2, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduction(x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training, drops a residual branch for whole samples."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        return x * x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class ConvBlock(nn.Module):
+    """A residual pair of 3x3 convolutions on a map (B, C, H, W)."""
+
+    def __init__(self, dim: int, drop_path: float, layer_scale: float | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, 1, 1)
+        self.norm1 = nn.BatchNorm2d(dim, eps=1e-5)
+        self.act1 = nn.GELU(approximate="tanh")
+        self.conv2 = nn.Conv2d(dim, dim, 3, 1, 1)
+        self.norm2 = nn.BatchNorm2d(dim, eps=1e-5)
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
+        if self.gamma is not None:
+            residual = residual * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(residual)
+
+
+class StepProjection(nn.Linear):
+    """dt_proj of the mixer: a linear layer whose bias starts in its own way (see `_init_weights`)."""
+
+
+class MambaVisionMixer(nn.Module):
+    """Mixes the tokens of a window (B, L, C) along their row-major order with a selective scan.
+
+    One half of the channels, x, is scanned; the other, z, only convolved. The convolutions look at both neighbours.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        self.d_inner, self.d_state, self.dt_rank = dim, STATES, math.ceil(dim / 16)
+        self.in_proj = nn.Linear(dim, dim, bias=False)
+        self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
+        self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
+        self.x_proj = nn.Linear(half, self.dt_rank + 2 * STATES, bias=False)
+        self.dt_proj = StepProjection(self.dt_rank, half)
+        self.A_log = nn.Parameter(torch.empty(half, STATES))
+        self.D = nn.Parameter(torch.empty(half))
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, C/2)
+        x = _silu_convolve(self.conv1d_x, x)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, STATES, STATES], dim=-1)
+        # The published weights were trained with the bias of dt_proj counted twice. Its second copy comes out of the
+        # module, not from its parameter: adapters, quantisers and offloading replace modules.
+        dt_bias = self.dt_proj(dt.new_zeros(1, self.dt_rank))[0]
+        A = -torch.exp(self.A_log.float())
+        scanned = (x, self.dt_proj(dt), A, B, C, self.D.float(), dt_bias)
+        if _is_plain(self.conv1d_z):
+            return self.out_proj(scan_concat(*scanned, z, self.conv1d_z.weight))
+        return self.out_proj(torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1))
+
+
+def _silu_convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """silu of a convolution along the tokens of (B, L, C)."""
+    if _is_plain(conv):
+        return silu_convolve(x, conv.weight)
+    return F.silu(conv(x.transpose(1, 2))).transpose(1, 2)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution may be computed by other means than calling it: nobody replaced or hooked it."""
+    hooked = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or "forward" in vars(conv)
+    return type(conv) is nn.Conv1d and not hooked and not is_traced_for_export()
+
+
+class Attention(nn.Module):
+    """Softmax self-attention among the tokens of a window (B, L, C), without position bias."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, C/heads)
+        return self.proj(_attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(channels)) v, all (B, heads, L, channels)."""
+    is_half, is_short = q.dtype in (torch.bfloat16, torch.float16), q.shape[-2] <= 256
+    if q.device.type == "cpu" and is_half and is_short and q.requires_grad:
+        # the gradients of torch's own are slow here: with them it takes 2 to 8 times as long (torch 2.15)
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class TokenBlock(nn.Module):
+    """A pre-norm residual block on the tokens of a window (B, L, C): a mixer, then an MLP."""
+
+    def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float, layer_scale: float | None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        for name in ("gamma_1", "gamma_2"):
+            gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+            self.register_parameter(name, gamma)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._add(x, self.mixer(self.norm1(x)), self.gamma_1)
+        return self._add(x, self.mlp(self.norm2(x)), self.gamma_2)
+
+    def _add(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
+        return x + self.drop_path(residual if gamma is None else gamma * residual)
+
+
+class ConvStage(nn.Module):
+    """Convolution blocks. Takes a map (B, C, H, W); gives the next stage's input (B, 2C, H/2, W/2), and its own map."""
+
+    conv, transformer_block = True, False  # read by code that tells the stages apart
+
+    def __init__(self, config: MambaVisionConfig, stage: int, drop_path: list[float]):
+        super().__init__()
+        dim = config.hidden_sizes[stage]
+        self.blocks = nn.ModuleList(ConvBlock(dim, rate, config.layer_scale_conv) for rate in drop_path)
+        self.downsample = Downsample(dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.blocks:
+            x = block(x)
+        return self.downsample(x), x
+
+
+class TokenStage(nn.Module):
+    """Token blocks in non-overlapping square windows, the first half of them (rounded up) Mamba, the rest attention.
+
+    Takes a map (B, C, H, W); gives the next stage's input, (B, 2C, H/2, W/2) or the last stage's own map, and its map.
+    """
+
+    conv, transformer_block = False, True
+
+    def __init__(self, config: MambaVisionConfig, stage: int, drop_path: list[float]):
+        super().__init__()
+        dim, depth = config.hidden_sizes[stage], config.depths[stage]
+        self.window_size = config.window_size[stage]
+        mixers = [
+            MambaVisionMixer(dim)
+            if i < math.ceil(depth / 2)
+            else Attention(dim, config.num_heads[stage], config.qkv_bias)
+            for i in range(depth)
+        ]
+        self.blocks = nn.ModuleList(
+            TokenBlock(dim, mixer, config.mlp_ratio, rate, config.layer_scale)
+            for mixer, rate in zip(mixers, drop_path, strict=True)
+        )
+        self.downsample = Downsample(dim) if stage < 3 else None
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        B, C, H, W = x.shape
+        side = self.window_size
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        rows, columns = (H + side - 1) // side, (W + side - 1) // side
+        bottom, right = rows * side - H, columns * side - W
+        if is_traced_for_export() or bottom or right:  # an exported graph pads always, to take any H and W
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = x.reshape(B, rows, side, columns, side, C).transpose(2, 3)  # (B, rows, columns, side, side, C)
+        x = x.reshape(B * rows * columns, side * side, C)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x)
+            else:
+                x = block(x)
+        x = x.reshape(B, rows, columns, side, side, C).transpose(2, 3).reshape(B, rows * side, columns * side, C)
+        x = x[:, :H, :W].permute(0, 3, 1, 2)
+        return (x if self.downsample is None else self.downsample(x)), x
+
+
+class MambaVision(nn.Module):
+    """The bare backbone, under the names that published checkpoints and code built on them use.
+
+    An image (B, in_chans, H, W), any H, W >= 1, becomes four maps: `hidden_sizes[i]` channels, sides halved i + 2 times
+    and rounded up.
+
+    Args:
+        num_labels: width of the linear head; 0 for none, and then calling the backbone gives the pooled features.
+    """
+
+    def __init__(self, config: MambaVisionConfig, num_labels: int = 0):
+        super().__init__()
+        blocks = sum(config.depths)
+        rates = [config.drop_path_rate * i / max(1, blocks - 1) for i in range(blocks)]
+        self.patch_embed = PatchEmbed(config.in_chans, config.in_dim, config.dim)
+        self.levels = nn.ModuleList()
+        for stage, depth in enumerate(config.depths):
+            kind = ConvStage if stage < 2 else TokenStage
+            self.levels.append(kind(config, stage, rates[:depth]))
+            rates = rates[depth:]
+        self.norm = nn.BatchNorm2d(config.hidden_size, eps=1e-5)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(config.hidden_size, num_labels) if num_labels > 0 else nn.Identity()
+        self.head.in_features = config.hidden_size  # read by code that puts a head of its own here
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, num_labels) logits, or (B, C) pooled features where there is no head."""
+        x = self.patch_embed(pixel_values)
+        for level in self.levels:
+            x = level(x)[0]
+        return self.head(self.pool(x))
+
+    def forward_features(self, pixel_values: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pooled features (B, C) and the four stages' maps."""
+        maps = self.forward_maps(pixel_values)
+        return self.pool(maps[-1]), [x.contiguous() for x in maps]
+
+    def forward_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        """The four stages' maps, in channels_last layout."""
+        x = self.patch_embed(pixel_values)
+        maps = []
+        for level in self.levels:
+            x, stage_map = level(x)
+            maps.append(stage_map)
+        return maps
+
+    def pool(self, last_map: Tensor) -> Tensor:
+        return self.avgpool(self.norm(last_map)).flatten(1)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """`load_state_dict`, without the classifier where there is none.
+
+        The published feature extractor has one that it does not use, and so have checkpoints of programs built on it.
+        """
+        if isinstance(self.head, nn.Identity):
+            for name in ("head.weight", "head.bias"):
+                state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class MambaVisionPreTrainedModel(PreTrainedModel):
+    config_class = MambaVisionConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["ConvBlock", "TokenBlock"]
+    # Loading in half precision leaves the recurrence's own parameters exact; its arithmetic is float32 in any case.
+    _keep_in_fp32_modules = ["A_log", "D"]
+    _keep_in_fp32_modules_strict = ["A_log", "D"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """transformers' `from_pretrained`; `in_chans` may differ from the checkpoint's (see `set_input_channels`)."""
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        wanted = kwargs.get("in_chans") if config is None else getattr(config, "in_chans", None)
+        if wanted is None or pretrained_model_name_or_path is None:
+            return load(config=config)
+        source = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        stored = cls.config_class.get_config_dict(pretrained_model_name_or_path, **source)[0].get("in_chans", 3)
+        if stored == wanted:
+            return load(config=config)
+        if config is None:
+            loaded = load(in_chans=stored)
+        else:
+            config = copy.deepcopy(config)
+            config.in_chans = stored
+            loaded = load(config=config)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).set_input_channels(wanted)
+        return loaded
+
+    @property
+    def scan_backend(self) -> str:
+        """What scans on the model's device: "torch", "triton" or "mamba_ssm" (see `selective_scan`)."""
+        return backend_on(self.device)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The stem: where adapters on a frozen model make gradients start when blocks are checkpointed."""
+        return self.model.patch_embed
+
+    def set_input_channels(self, in_chans: int) -> None:
+        """Make the first convolution take `in_chans` channels, keeping what it learnt, as timm does.
+
+        One channel: the sum of the kernels over the channels, so that a grey image gives what its RGB copy gave.
+        More: the kernels repeated in order and scaled by old / new count, which keeps the size of the response.
+
+        Raises:
+            ValueError: `in_chans` is not a positive integer.
+        """
+        if not isinstance(in_chans, int) or in_chans < 1:
+            raise ValueError(f"in_chans must be a positive integer, got {in_chans!r}")
+        stem = self.model.patch_embed.conv_down
+        old = stem[0].weight.detach()
+        count = old.shape[1]
+        if in_chans == 1:
+            weight = old.float().sum(1, keepdim=True)
+        else:
+            weight = old.float().repeat(1, -(-in_chans // count), 1, 1)[:, :in_chans] * (count / in_chans)
+        stem[0] = nn.Conv2d(in_chans, old.shape[0], 3, 2, 1, bias=False, device=old.device, dtype=old.dtype)
+        stem[0].weight.data.copy_(weight)
+        self.config.in_chans = in_chans
+
+    def fuse(self):
+        """A copy for inference, with every BatchNorm folded into its neighbour, and activations into their layers.
+
+        The copy computes the same up to rounding, in less time; it can neither be trained nor saved.
+
+        Raises:
+            ValueError: the model is in training mode, in which BatchNorm depends on the batch.
+        """
+        return fused_copy(self)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every parameter and statistic from scratch; of a module that a checkpoint fills in part, only the rest."""
+        if isinstance(module, nn.Linear):
+            _init(module.weight, nn.init.trunc_normal_, std=0.02)
+            _init(module.bias, _init_dt_bias_ if isinstance(module, StepProjection) else nn.init.zeros_)
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+            _init(module.weight, nn.init.kaiming_uniform_, a=math.sqrt(5))
+            _init(module.bias, nn.init.zeros_)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            _init(module.weight, nn.init.ones_)
+            _init(module.bias, nn.init.zeros_)
+            if isinstance(module, nn.BatchNorm2d):
+                _init(module.running_mean, nn.init.zeros_)
+                _init(module.running_var, nn.init.ones_)
+                _init(module.num_batches_tracked, nn.init.zeros_)
+        elif isinstance(module, MambaVisionMixer):
+            _init(module.A_log, lambda A_log: A_log.copy_(torch.arange(1, STATES + 1).log().expand_as(A_log)))
+            _init(module.D, nn.init.ones_)
+        elif isinstance(module, ConvBlock):
+            _init(module.gamma, nn.init.constant_, val=self.config.layer_scale_conv)
+        elif isinstance(module, TokenBlock):
+            _init(module.gamma_1, nn.init.constant_, val=self.config.layer_scale)
+            _init(module.gamma_2, nn.init.constant_, val=self.config.layer_scale)
+
+
+def _init(tensor: Tensor | None, fill, **kwargs) -> None:
+    if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):  # set on what a checkpoint filled
+        fill(tensor, **kwargs)
+
+
+def _init_dt_bias_(bias: Tensor) -> Tensor:
+    """So that softplus of the bias, counted twice, gives steps log-uniform in [0.001, 0.1], as in Mamba.
+
+    The published code draws such a bias without the doubling in mind, and then overwrites it with zeros, which makes
+    every first step 0.69: a memory of a token or two.
+    """
+    step = torch.empty_like(bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+    return bias.copy_((step + torch.log(-torch.expm1(-step))) / 2)  # the inverse of softplus, halved
+
+
+@dataclass
+class MambaVisionModelOutput(ModelOutput):
+    """Features of a batch of images, by name; unpacked or indexed by number, the published pair (pooled, maps).
+
+    That makes iteration differ from other model outputs', which go over their keys. `torch.nn.DataParallel` relies on
+    the latter: use `return_dict=False` under it.
+
+    Args:
+        pooler_output: (B, C) the last map, normalised and averaged over the image.
+        hidden_states: the four stages' maps, (B, hidden_sizes[i], H / 2**(i+2), W / 2**(i+2)), sides rounded up.
+        last_hidden_state: the fourth map, before the final norm.
+    """
+
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+
+    @property
+    def feature_maps(self) -> tuple[Tensor, ...]:
+        return self.hidden_states
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter(self[:])
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if isinstance(key, str) else (self.pooler_output, list(self.hidden_states))[key]
+
+
+class MambaVisionModel(MambaVisionPreTrainedModel):
+    """The backbone without a head: pooled features and the maps of the four stages."""
+
+    # the classifier of a checkpoint
+    _keys_to_ignore_on_load_unexpected = [r"head\.(weight|bias)"]
+
+    def __init__(self, config: MambaVisionConfig):
+        super().__init__(config)
+        self.model = MambaVision(config)
+        self.post_init()
+
+    def forward(
+        self, pixel_values: Tensor, return_dict: bool | None = None
+    ) -> MambaVisionModelOutput | tuple[Tensor, list[Tensor]]:
+        """
+        Args:
+            pixel_values: (B, in_chans, H, W) normalised images, any H, W >= 1.
+            return_dict: False for the plain tuple (pooled, maps).
+
+        Raises:
+            TypeError, ValueError: `pixel_values` is not such a tensor.
+        """
+        pooled, maps = self.model.forward_features(pixel_values)
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return pooled, maps
+        return MambaVisionModelOutput(pooled, tuple(maps), maps[-1])
+
+
+class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
+    """The backbone with a linear head on its pooled features."""
+
+    def __init__(self, config: MambaVisionConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MambaVision(config, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutputWithNoAttention | tuple:
+        """
+        Args:
+            pixel_values: (B, in_chans, H, W) normalised images, any H, W >= 1.
+            labels: (B,) class indices, -100 to leave an image out; (B, num_labels) floats for several labels an image;
+                (B,) or (B, 1) floats for regression, where num_labels is 1. `config.problem_type` overrides.
+            output_hidden_states: whether to give the maps of the four stages.
+            return_dict: False for a plain tuple without the absent parts.
+
+        Raises:
+            TypeError, ValueError: the inputs are not such tensors. Class indices are looked at on the CPU only.
+        """
+        if labels is not None:
+            labels = self._checked_labels(labels, pixel_values)
+        maps = self.model.forward_maps(pixel_values)
+        logits = self.model.head(self.model.pool(maps[-1]))
+        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = ImageClassifierOutputWithNoAttention(
+            loss=loss,
+            logits=logits,
+            hidden_states=tuple(x.contiguous() for x in maps) if output_hidden_states else None,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _checked_labels(self, labels: Tensor, pixel_values: Tensor) -> Tensor:
+        """Labels of the shape and dtype that the loss takes: of the kind that `problem_type`, or their dtype, says."""
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
+        kind, count, batch = self.config.problem_type, self.config.num_labels, len(pixel_values)
+        if kind is None and count > 1:
+            kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        if kind != "single_label_classification":
+            shapes = [(batch, count), (batch,)] if count == 1 else [(batch, count)]
+            if tuple(labels.shape) not in shapes:
+                raise ValueError(f"labels must have shape {shapes[0]}, got {tuple(labels.shape)}")
+            return labels.to(torch.promote_types(labels.dtype, torch.float32))
+        if labels.is_floating_point() or labels.shape not in ((batch,), (batch, 1)):
+            raise ValueError(f"labels must be {batch} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
+        if (
+            labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # elsewhere looking would stall the device
+            wrong = labels[((labels < 0) | (labels >= count)) & (labels != -100)]
+            if len(wrong):
+                raise ValueError(f"labels must be in 0 ... {count - 1} (or -100), got {wrong[0].item()}")
+        return labels.long()
+
+
+class MambaVisionBackbone(BackboneMixin, MambaVisionPreTrainedModel):
+    """The maps of chosen stages, for the detectors and segmenters of transformers: see `out_features`, `out_norm`."""
+
+    # what only pooled features need
+    _keys_to_ignore_on_load_unexpected = [r"model\.norm\.", r"model\.head\."]
+    has_attentions = False
+
+    def __init__(self, config: MambaVisionConfig):
+        super().__init__(config)
+        if hasattr(self, "_init_backbone"):  # transformers 4
+            self._init_backbone(config)
+        self.num_features = config.hidden_sizes
+        self.model = MambaVision(config)
+        self.model.norm = nn.Identity()
+        for i in self.out_indices if config.out_norm else []:
+            self.add_module(f"outnorm{i}", nn.LayerNorm(config.hidden_sizes[i], eps=1e-5))
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple:
+        """
+        Args:
+            pixel_values: (B, in_chans, H, W) normalised images, any H, W >= 1.
+            output_hidden_states: whether to give all four maps too, before `out_norm`.
+            output_attentions: accepted for the sake of transformers' callers; there are none to give.
+            return_dict: False for a plain tuple (maps,) or (maps, all maps).
+        """
+        hidden_states = tuple(x.contiguous() for x in self.model.forward_maps(pixel_values))
+        maps = []
+        for i, name in enumerate(self.stage_names):
+            if name in self.out_features:
+                maps.append(self._normalised(hidden_states[i], getattr(self, f"outnorm{i}", None)))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = BackboneOutput(tuple(maps), hidden_states if output_hidden_states else None)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @staticmethod
+    def _normalised(x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
+        return x if norm is None else norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+MambaVisionModel.register_for_auto_class("AutoModel")
+MambaVisionModelForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+MambaVisionBackbone.register_for_auto_class("AutoBackbone")

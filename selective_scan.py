@@ -1,0 +1,488 @@
+"""The selective scan of MambaVision's mixer: a reference, fast forms in plain torch, and the choice between backends.
+
+For every sequence b, step t, channel d and state n, with h starting at 0 (Gu and Dao, "Mamba", arXiv 2312.00752):
+
+    delta[b, t, d] = softplus(dt[b, t, d] + dt_bias[d])
+    h[b, t, n, d]  = exp(delta[b, t, d] * A[d, n]) * h[b, t-1, n, d] + delta[b, t, d] * B[b, t, n] * u[b, t, d]
+    y[b, t, d]     = sum_n C[b, t, n] * h[b, t, n, d] + D[d] * u[b, t, d]
+
+Shapes, the same for every function here:
+
+    u, dt      (batch, length, channels)    input and step before softplus
+    A          (channels, states)           negative: the decay rates
+    B, C       (batch, length, states)      input and output weights of each step
+    D, dt_bias (channels,)                  skip weight, and what is added to dt
+    y          (batch, length, channels)    output, in u's dtype
+
+The arithmetic is float32, or float64 where u is, whatever the inputs' dtypes: in half precision the state overflows.
+"""
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+try:
+    from .selective_scan_triton import convolve as _triton_convolve
+    from .selective_scan_triton import runs_on as _triton_runs_on
+    from .selective_scan_triton import scan as _triton_scan
+    from .selective_scan_triton import scan_concat as _triton_scan_concat
+
+    _triton_missing = None
+except ImportError as error:
+    _triton_missing = str(error)
+
+
+BACKENDS = ("torch", "triton", "mamba_ssm")
+
+_log = logging.getLogger(__name__)
+
+# Elements of each of the two buffers that a block of the sequence works in: 1 MiB of float32 stays in a core's cache.
+_BLOCK_ELEMENTS = 2**18
+_LOG2_E = math.log2(math.e)
+# Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
+_LEAST_STEPS = 16
+
+
+def selective_scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, backend: str = "auto"
+) -> Tensor:
+    """The selective scan, differentiable in every tensor; shapes as in the module's docstring.
+
+    Args:
+        backend: "torch", "triton", "mamba_ssm", or "auto" for the best of those that can run here. The environment
+            variable MAMBAVISION_SCAN replaces "auto" for the process.
+
+    Raises:
+        ValueError: the shapes do not fit, or there is no such backend.
+        RuntimeError: the backend was asked for by name and cannot run here.
+    """
+    _check_shapes(u, dt, A, B, C, D, dt_bias)
+    if is_traced_for_export():
+        return _scan_chunked(u, dt, A, B, C, D, dt_bias)
+    inputs = (u, dt, A, B, C, D, dt_bias)
+    backend = backend_on(u.device, backend)
+    if backend == "triton":
+        return _triton_scan(*inputs)
+    if backend == "mamba_ssm":
+        return _mamba_ssm_scan(*inputs)
+    return _torch_scan(*inputs)
+
+
+def silu_convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """silu of the mixer's depthwise convolution along the steps: x (batch, length, width), taps (width, 1, 3)."""
+    backend = backend_on(x.device)
+    if backend == "triton":
+        return _triton_convolve(x, weight)
+    if backend == "mamba_ssm" and has_causal_conv1d(x.device):
+        return _causal_conv1d(x, weight)
+    return _convolve(x, weight)
+
+
+def scan_concat(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor, weight: Tensor
+) -> Tensor:
+    """cat([selective_scan(u, ...), silu_convolve(z, weight)], -1), written by the kernels where it belongs on a GPU."""
+    if backend_on(u.device) == "triton" and not is_traced_for_export():
+        return _triton_scan_concat(u, dt, A, B, C, D, dt_bias, z, weight)
+    return torch.cat([selective_scan(u, dt, A, B, C, D, dt_bias), silu_convolve(z, weight)], dim=-1)
+
+
+@torch.compiler.assume_constant_result
+def backend_on(device: torch.device, backend: str = "auto") -> str:
+    """The backend that `selective_scan` takes for tensors on a device; arguments and errors as there."""
+    if backend == "auto":
+        backend = os.environ.get("MAMBAVISION_SCAN", "auto")
+    return choose_backend(backend, device.type, lambda name: _failure(name, device))
+
+
+def choose_backend(backend: str, device_type: str, failure: Callable[[str], str | None]) -> str:
+    """The backend that runs where `backend` is asked for; `failure` says why one of the others than torch's cannot."""
+    if backend == "auto":
+        return "triton" if device_type == "cuda" and failure("triton") is None else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} is not a scan backend; choose one of auto, {', '.join(BACKENDS)}")
+    reason = None if backend == "torch" else failure(backend)
+    if reason is not None:
+        raise RuntimeError(f"{backend=} cannot run on {device_type}: {reason}; use 'torch' (MAMBAVISION_SCAN=torch)")
+    return backend
+
+
+def selective_scan_reference(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
+) -> Tensor:
+    """The definition, one step after the other: what the tests compare with. Never chosen."""
+    dtype = _compute_dtype(u)
+    x, A, B, C, D = (tensor.to(dtype) for tensor in (u, A, B, C, D))
+    delta = F.softplus(dt.to(dtype) + dt_bias.to(dtype))
+    h = x.new_zeros(u.shape[0], A.shape[1], u.shape[2])
+    y = []
+    for t in range(u.shape[1]):
+        decay = torch.exp(delta[:, t, None] * A.T)
+        h = decay * h + B[:, t, :, None] * (delta[:, t] * x[:, t])[:, None]
+        y.append((C[:, t, :, None] * h).sum(1) + D * x[:, t])
+    return torch.stack(y, 1).to(u.dtype) if y else torch.zeros_like(u)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The other backends. That a package is installed does not mean that it works: mamba_ssm may lack its CUDA extension,
+# and Triton a C compiler. So each is tried once on a scan so small that it costs nothing.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _failure(backend: str, device: torch.device) -> str | None:
+    """Why a backend cannot run on a device, or None where it can; says once, in the log, what it found."""
+    reason = _PROBES[backend](device)
+    if reason is None:
+        _log.info("selective scan: %s works on %s", backend, device)
+    else:
+        _log.warning("selective scan: %s cannot run on %s: %s", backend, device, reason)
+    return reason
+
+
+def _triton_failure(device: torch.device) -> str | None:
+    if _triton_missing is not None:
+        return _triton_missing
+    if not _triton_runs_on(device):
+        return "Triton needs a ROCm device, or a CUDA device of compute capability 8.0 or higher"
+    return _scan_difference(_triton_scan, device)
+
+
+def _mamba_ssm_failure(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "mamba_ssm needs a CUDA device"
+    return _scan_difference(_mamba_ssm_scan, device)
+
+
+@torch.compiler.assume_constant_result
+def has_causal_conv1d(device: torch.device) -> bool:
+    """Whether causal_conv1d's kernel, which goes with the backend mamba_ssm, works on a device."""
+    return _failure("causal_conv1d", device) is None
+
+
+def _causal_conv1d_failure(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "causal_conv1d needs a CUDA device"
+    return _convolution_difference(_causal_conv1d, device)
+
+
+_PROBES = {
+    "triton": _triton_failure,
+    "mamba_ssm": _mamba_ssm_failure,
+    "causal_conv1d": _causal_conv1d_failure,
+}
+
+
+def _scan_difference(scan: Callable[..., Tensor], device: torch.device) -> str | None:
+    values = torch.linspace(-1, 1, 2 * 5 * 8, device=device)
+    u, B = values.view(2, 5, 8), values.flip(0).view(2, 5, 8)
+    A, D = -1 - values[:64].view(8, 8).exp(), values[:8]
+    return _difference(scan, _torch_scan, u, u.flip(1), A, B, B.flip(1), D, D.flip(0))
+
+
+def _convolution_difference(convolve: Callable[..., Tensor], device: torch.device) -> str | None:
+    x = torch.linspace(-1, 1, 2 * 5 * 8, device=device).view(2, 5, 8)
+    return _difference(convolve, _convolve, x, x[0, :3].T.unsqueeze(1))
+
+
+@torch.no_grad()
+def _difference(function: Callable[..., Tensor], reference: Callable[..., Tensor], *inputs: Tensor) -> str | None:
+    """What keeps `function` from giving what `reference` does; None if it does."""
+    try:
+        error = (function(*inputs) - reference(*inputs)).abs().max().item()
+    except Exception as exception:  # a broken installation may raise anything
+        return f"{type(exception).__name__}: {exception}".strip().splitlines()[0]
+    return None if error < 1e-4 else f"its result on a small input is off by {error:.2g}"
+
+
+@torch.compiler.disable
+def _mamba_ssm_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    """mamba_ssm's CUDA kernel: (batch, channels, length), everything along the steps in u's dtype."""
+    try:
+        import selective_scan_cuda  # noqa: F401 (the package imports without it, and then fails when called)
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install mamba-ssm builds it") from error
+    if u.dtype == torch.float64:
+        raise TypeError("backend='mamba_ssm' takes no float64, got u in float64; use backend='torch'")
+    u_, dt_, B_, C_ = (x.to(u.dtype).transpose(1, 2) for x in (u, dt, B, C))
+    y = selective_scan_fn(
+        u=u_, delta=dt_, A=A.float(), B=B_, C=C_, D=D.float(), delta_bias=dt_bias.float(), delta_softplus=True
+    )
+    return y.transpose(1, 2)
+
+
+@torch.compiler.disable
+def _causal_conv1d(x: Tensor, weight: Tensor) -> Tensor:
+    """causal_conv1d's kernel looks back two steps; ours looks at both neighbours, so it is that, a step later."""
+    from_right = F.pad(x.transpose(1, 2), (0, 1)).contiguous()
+    try:
+        from causal_conv1d import causal_conv1d_fn
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install causal-conv1d builds it") from error
+    y = causal_conv1d_fn(x=from_right, weight=weight[:, 0].to(x.dtype), bias=None, activation="silu")
+    return y[:, :, 1:].transpose(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The blocked scan: a few sequences and a run of their steps at a time, so few that all that is computed for them stays
+# in the cache.
+#
+# exp(delta A) and delta B u are computed for the whole run at once; then each step costs one fused multiply-add over
+# (batch, states, channels), and one small matrix product per step turns the states into outputs. The last state
+# carries over to the next run. Memory beyond the output does not grow with the length. The backward pass keeps only
+# the state at the start of each run, walks the runs from the last to the first and recomputes the rest.
+#
+# Buffers are (step, batch, states, channels): every step is then one contiguous piece.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _in_full_precision(scan: Callable) -> Callable:
+    """Without autocast, which would give the matrix products inside a scan half precision."""
+
+    @functools.wraps(scan)
+    def run(u, *others):
+        device_type = u.device.type
+        off = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+        with off:
+            return scan(u, *others)
+
+    return run
+
+
+@_in_full_precision
+def _blocked_forward(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, save_states: bool
+) -> tuple[Tensor, Tensor]:
+    """Outputs y, and the states at the start of each block (blocks, batch, states, channels), empty unless saved."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    dtype = _compute_dtype(u)
+    A, D, dt_bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
+    rows, block, blocks = _tile(batch, length, channels, states)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    starts = u.new_empty(blocks if save_states else 0, batch, states, channels, dtype=dtype)
+    decay = u.new_empty(block, rows, states, channels, dtype=dtype)
+    h = u.new_empty(block + 1, rows, states, channels, dtype=dtype)
+    for tile in _slices(batch, rows):
+        carry = torch.zeros_like(h[0, : tile.stop - tile.start])
+        for index, run in enumerate(_slices(length, block)):
+            x, dt_, B_, C_ = _steps(tile, run, dtype, u, dt, B, C)
+            if save_states:
+                starts[index, tile] = carry
+            delta = F.softplus(dt_ + dt_bias)
+            _, states_ = _run_block(delta, delta * x, A, B_, carry, decay, h)
+            out = torch.matmul(C_.unsqueeze(-2), states_[1:]).squeeze(-2)
+            y[tile, run] = out.addcmul_(x, D).transpose(0, 1)
+            carry = states_[-1].clone()
+    return y, starts
+
+
+@_in_full_precision
+def _blocked_backward(
+    grad_y: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, dt, A, B, C, D and dt_bias; `starts` are the states that the forward pass saved."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    dtype = _compute_dtype(u)
+    A_, D_, bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
+    rows, block, _ = _tile(batch, length, channels, states)
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
+    grad_A, grad_D, grad_bias = torch.zeros_like(A_), torch.zeros_like(D_), torch.zeros_like(bias)
+    decay = u.new_empty(block, rows, states, channels, dtype=dtype)
+    h = u.new_empty(block + 1, rows, states, channels, dtype=dtype)
+    grad_h = torch.empty_like(decay)
+    for tile in _slices(batch, rows):
+        carry = torch.zeros_like(h[0, : tile.stop - tile.start])  # gradient of the state that the next run starts with
+        for index, run in reversed(list(enumerate(_slices(length, block)))):
+            x, dt_, B_, C_, gy = _steps(tile, run, dtype, u, dt, B, C, grad_y)
+            pre = dt_ + bias
+            delta = F.softplus(pre)
+            delta_x = delta * x
+            a, states_ = _run_block(delta, delta_x, A_, B_, starts[index, tile], decay, h)
+
+            # grad_h[t] = C[t] grad_y[t] + decay[t+1] grad_h[t+1]
+            g = torch.mul(C_.unsqueeze(-1), gy.unsqueeze(-2), out=grad_h[: len(x), : x.shape[1]])
+            g[-1] += carry
+            steps, decays = g.unbind(0), a.unbind(0)
+            for t in reversed(range(len(x) - 1)):
+                steps[t].addcmul_(decays[t + 1], steps[t + 1])
+            torch.mul(decays[0], steps[0], out=carry)
+
+            # rows times matrices: of matrices times columns torch copies each column first
+            grad_C = torch.matmul(gy.unsqueeze(-2), states_[1:].mT).squeeze(-2)
+            grad_B = torch.matmul(delta_x.unsqueeze(-2), g.mT).squeeze(-2)
+            grad_delta_x = torch.matmul(B_.unsqueeze(-2), g).squeeze(-2)
+            g.mul_(states_[:-1]).mul_(a)  # now the gradient of delta * A
+            grad_A += torch.mul(g, delta.unsqueeze(-2), out=a).sum((0, 1))
+            grad_delta = g.mul_(A_).sum(-2).addcmul_(grad_delta_x, x)
+            grad_dt = grad_delta.mul_(torch.sigmoid(pre))
+            grad_u = torch.addcmul(grad_delta_x * delta, gy, D_)
+            grad_D += (gy * x).sum((0, 1))
+            grad_bias += grad_dt.sum((0, 1))
+            for whole, piece in zip(grads, (grad_u, grad_dt, grad_B, grad_C), strict=True):
+                whole[tile, run] = piece.transpose(0, 1)
+    grad_u, grad_dt, grad_B, grad_C = grads
+    grad_A = grad_A.T.to(A.dtype).contiguous()
+    return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D.to(D.dtype), grad_bias.to(dt_bias.dtype)
+
+
+def _run_block(
+    delta: Tensor, delta_x: Tensor, A: Tensor, B: Tensor, start: Tensor, decay: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The decays (steps, batch, states, channels) of one block, and its states with `start` before the first step.
+
+    delta, delta_x (steps, batch, channels); A (states, channels); B (steps, batch, states). `decay` and `h` are the
+    buffers that the results are views of.
+    """
+    steps, batch, _ = delta.shape
+    # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
+    a = torch.mul(delta.unsqueeze(-2), A * _LOG2_E, out=decay[:steps, :batch]).exp2_()
+    h = h[: steps + 1, :batch]
+    h[0] = start
+    torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=h[1:])
+    states = h.unbind(0)
+    for t, decay_t in enumerate(a.unbind(0)):
+        states[t + 1].addcmul_(decay_t, states[t])
+    return a, h
+
+
+def _steps(tile: slice, run: slice, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """One tile's run of steps of (batch, length, width) tensors, as (steps, batch, width)."""
+    return [x[tile, run].transpose(0, 1).to(dtype) for x in tensors]
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _tile(batch: int, length: int, channels: int, states: int) -> tuple[int, int, int]:
+    """Sequences at a time, steps at a time, and how many runs of steps that makes."""
+    row = channels * states
+    rows = max(1, min(batch, _BLOCK_ELEMENTS // (row * min(max(length, 1), _LEAST_STEPS))))
+    rows = max(1, -(-batch // max(1, -(-batch // rows))))  # the same for all tiles
+    block = max(1, min(length, _BLOCK_ELEMENTS // (row * rows)))
+    return rows, block, -(-length // block)
+
+
+# The blocked scan as an operator: torch.compile then keeps one graph and does not unroll the loop over the steps. The
+# namespace carries this module's name, for transformers loads each model folder's code as modules of its own.
+_NAMESPACE = "mambavision_" + "".join(c if c.isalnum() else "_" for c in __name__)
+_blocked_scan = torch.library.custom_op(f"{_NAMESPACE}::blocked_scan", _blocked_forward, mutates_args=())
+_blocked_scan_backward = torch.library.custom_op(
+    f"{_NAMESPACE}::blocked_scan_backward", _blocked_backward, mutates_args=()
+)
+
+
+@_blocked_scan.register_fake
+def _(u, dt, A, B, C, D, dt_bias, save_states):
+    batch, length, channels = u.shape
+    blocks = _tile(batch, length, channels, A.shape[1])[2] if save_states else 0
+    starts = u.new_empty(blocks, batch, A.shape[1], channels, dtype=_compute_dtype(u))
+    return torch.empty_like(u, memory_format=torch.contiguous_format), starts
+
+
+@_blocked_scan_backward.register_fake
+def _(grad_y, u, dt, A, B, C, D, dt_bias, starts):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, A, B, C, D, dt_bias))
+
+
+def _torch_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    inputs = (u, dt, A, B, C, D, dt_bias)
+    save_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return _blocked_scan(*inputs, save_states)[0]
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx, grad_y, grad_starts):
+    return *_blocked_scan_backward(grad_y, *ctx.saved_tensors), None
+
+
+_blocked_scan.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """As a convolution of images one pixel high: for those, torch has kernels for the layout of x, channels last."""
+    image = x.transpose(1, 2).unsqueeze(2)
+    return F.silu(F.conv2d(image, weight.unsqueeze(2), padding=(0, 1), groups=len(weight)).squeeze(2).transpose(1, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The chunked scan: standard torch operators and few of them, for export.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_in_full_precision
+def _scan_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    """About 2 sqrt(length) steps in place of length: scan all chunks at once, then carry the state across chunks.
+
+    Within a chunk only products of decays are formed, never their quotients or differences of sums of logarithms,
+    which lose all digits where steps are long.
+    """
+    length = u.shape[1]
+    size = math.isqrt(length - 1) + 1
+    chunks = -(-length // size)
+    dtype = _compute_dtype(u)
+    x = u.to(dtype)
+    delta = F.softplus(dt.to(dtype) + dt_bias.to(dtype))
+
+    def chunked(tensor):  # (batch, length, width) -> (batch, chunks, size, width); a zero step leaves the state alone
+        return F.pad(tensor, (0, 0, 0, chunks * size - length)).unflatten(1, (chunks, size))
+
+    step = chunked(delta).unsqueeze(-2)
+    decay = torch.exp(step * A.to(dtype).T)
+    inflow = chunked(B.to(dtype)).unsqueeze(-1) * chunked(delta * x).unsqueeze(-2)
+    h, a = [inflow[:, :, 0]], [decay[:, :, 0]]  # state from a chunk's start, and product of decays since
+    for t in range(1, size):
+        h.append(decay[:, :, t] * h[-1] + inflow[:, :, t])
+        a.append(decay[:, :, t] * a[-1])
+    carry = [torch.zeros_like(h[0][:, 0])]  # state that each chunk starts with
+    for k in range(chunks - 1):
+        carry.append(a[-1][:, k] * carry[-1] + h[-1][:, k])
+    states = torch.stack(h, 2) + torch.stack(a, 2) * torch.stack(carry, 1).unsqueeze(2)
+    y = torch.matmul(chunked(C.to(dtype)).unsqueeze(-2), states).squeeze(-2).flatten(1, 2)[:, :length]
+    return (y + D.to(dtype) * x).to(u.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _compute_dtype(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def is_traced_for_export() -> bool:
+    """Whether what runs now becomes a graph for elsewhere: of standard operators, free in the batch and the image."""
+    is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7
+    return is_exporting() or torch.jit.is_tracing()
+
+
+def _check_shapes(u, dt, A, B, C, D, dt_bias) -> None:
+    if u.ndim != 3:
+        raise ValueError(f"u must be (batch, length, channels), got {tuple(u.shape)}")
+    batch, length, channels = u.shape
+    if A.ndim != 2 or A.shape[0] != channels:
+        raise ValueError(f"A must be (channels={channels}, states), got {tuple(A.shape)}")
+    states = A.shape[1]
+    for name, tensor, shape in (
+        ("dt", dt, (batch, length, channels)),
+        ("B", B, (batch, length, states)),
+        ("C", C, (batch, length, states)),
+        ("D", D, (channels,)),
+        ("dt_bias", dt_bias, (channels,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")

@@ -1,0 +1,850 @@
+"""The selective scan of MambaVision's mixer as Triton kernels, for CUDA and ROCm devices; its two convolutions with it.
+
+`scan` computes what selective_scan.py's docstring defines. `scan_concat` gives that and, beside it on the channels, the
+mixer's other branch, silu(depthwise convolution of z), written where it belongs instead of concatenated. `convolve` is
+that branch alone. All are differentiable in every tensor, and operators of torch.library, of which torch.compile makes
+one graph.
+
+    u, dt      (batch, length, channels)    input and step before softplus
+    A          (channels, states)           negative: the decay rates; a power of two states
+    B, C       (batch, length, states)      input and output weights of each step
+    D, dt_bias (channels,)                  skip weight, and what is added to dt
+    z          (batch, length, width)       the other branch, before its convolution
+    weight     (width, 1, 3)                taps of the convolution: zero padding, not causal
+
+The last dimension of u, dt, B, C and z should be contiguous (else it is copied); the others may have any stride, so
+slices of a projection's output are read where they are. Accumulation is in float32, or float64 where u is. Gradients
+are deterministic: what several programs contribute to is written apart and added in a fixed order, without atomics.
+
+How it works. A program has one sequence, or a chunk of one, and a block of its channels, a lane of a warp for each, and
+walks the steps with the state (states, block) in registers. Where there are too few sequences to fill the device, a
+first pass scans all chunks from zero, keeping their last states and sums of steps; a second carries states across the
+chunks (the decay over a chunk is exp(A * sum of steps): a product of decays, never a quotient); then the chunks are
+scanned from the right states. The backward pass does the same from the end. It starts from the states that the forward
+pass saved every `_INTERVAL` steps and recomputes those between.
+"""
+
+import contextlib
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+try:  # inside `try`, or transformers' loader of remote code would demand it of everyone
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("selective_scan_triton.py needs triton: pip install triton, or use backend='torch'") from error
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first whose kernels may hold tuples
+    raise ImportError(
+        f"selective_scan_triton.py needs triton 3.3 or newer, got {triton.__version__}: "
+        "install torch 2.7 or newer, which brings it, or use backend='torch'"
+    )
+
+
+_STEPS = 4  # steps whose loads are in flight together
+_INTERVAL = 8  # steps between the states saved for the backward pass; a multiple of _STEPS
+_LANES = 32  # channels of a program, one to a lane: the states of a channel then add up without talk between lanes
+_SHORTEST_CHUNK = 64
+
+# Triton 3.10 turns the fusing of multiplications and additions off by default; both give correct results.
+_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    """y (batch, length, channels) in u's dtype; shapes as in the module's docstring."""
+    return _scan(u, dt, A, B, C, D, dt_bias, None, None, _needs_gradient(u, dt, A, B, C, D, dt_bias))[0]
+
+
+def scan_concat(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor, weight: Tensor
+) -> Tensor:
+    """cat([scan(u, ...), convolve(z, weight)], -1), (batch, length, channels + width)."""
+    save_states = _needs_gradient(u, dt, A, B, C, D, dt_bias, z, weight)
+    return _scan(u, dt, A, B, C, D, dt_bias, z, weight, save_states)[0]
+
+
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """silu of the depthwise convolution along the steps, (batch, length, width) in x's dtype."""
+    return _convolve(x, weight)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether to try the kernels there: a ROCm device, a CUDA device from compute capability 8.0 on (what Triton
+    supports), or the CPU under TRITON_INTERPRET=1."""
+    if not isinstance(_scan_kernel, triton.JITFunction):
+        return device.type == "cpu"
+    return device.type == "cuda" and (bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+class Plan(NamedTuple):
+    block: int  # channels of a program
+    blocks: int
+    chunk: int  # steps of a program, a multiple of _INTERVAL unless there is one chunk
+    chunks: int
+
+
+def plan(batch: int, length: int, channels: int, processors: int) -> Plan:
+    """How a scan is divided among programs of one warp each, on a device with so many multiprocessors.
+
+    Chunks are worth their second reading of the inputs where whole sequences leave most of the device idle. Two warps
+    for each of a multiprocessor's four schedulers fill it.
+    """
+    blocks = triton.cdiv(channels, _LANES)
+    chunks = min(8 * processors // max(1, batch * blocks), length // _SHORTEST_CHUNK)
+    chunk = length if chunks < 4 else triton.cdiv(length, chunks * _INTERVAL) * _INTERVAL
+    return Plan(_LANES, blocks, chunk, triton.cdiv(length, max(1, chunk)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels: the scan
+#
+# A tile of states is (states, block), so that a lane holds all states of its channel. Offsets that grow with the batch
+# or the length are 64 bits wide. Rates are kept times log2(e): powers of two are what the hardware computes.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + exp(x)), to the last digits where it is small too; x itself above 20, as torch has it."""
+    TERMS: tl.constexpr = 17 if x.dtype == tl.float64 else 7
+    e = tl.exp2(tl.abs(x) * -_LOG2_E)
+    s = e / (2.0 + e)  # log(1 + e) = 2 atanh(s), and s <= 1/3
+    square = s * s
+    series = tl.full(x.shape, 1.0 / (2 * TERMS - 1), x.dtype)
+    for i in tl.static_range(TERMS - 1, 0, -1):
+        series = series * square + 1.0 / (2 * i - 1)
+    return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + 2.0 * s * series)
+
+
+@triton.jit
+def _load_rates(A, d, mask, STATES: tl.constexpr, COMPUTE: tl.constexpr):
+    """A log2(e) as (states, block). Row by row: loaded at once, its layout in memory would become that of the state."""
+    n = tl.arange(0, STATES)[:, None]
+    rates = tl.zeros((STATES, d.shape[0]), COMPUTE)
+    for i in tl.static_range(STATES):
+        row = tl.load(A + d * STATES + i, mask=mask, other=0.0).to(COMPUTE) * _LOG2_E
+        rates = tl.where(n == i, row[None, :], rates)
+    return rates
+
+
+@triton.jit
+def _within(index, width, t, last):
+    """Mask of the elements of row t that exist. (A scalar mask is beyond the interpreter.)"""
+    return index < tl.where(t < last, width, 0)
+
+
+@triton.jit
+def _load_steps(ptr, stride, t, last, d, channels, STEPS: tl.constexpr):
+    """Rows t ... t + STEPS - 1 (block,) of a sequence, zero from `last` on."""
+    rows = ()
+    for i in tl.static_range(STEPS):
+        rows += (tl.load(ptr + i * stride, mask=_within(d, channels, t + i, last), other=0.0),)
+    return rows
+
+
+@triton.jit
+def _load_weights(ptr, stride, t, last, ALIGN: tl.constexpr, COMPUTE: tl.constexpr):
+    """Row t of B or C as (states, 1); the last row again from `last` on, where what it weighs is zero or not kept.
+
+    ALIGN, in bytes, lets one or two instructions load the row; a mask would keep them from it.
+    """
+    row = tl.load(tl.multiple_of(ptr + tl.cast(tl.minimum(t, last - 1), tl.int64) * stride, [ALIGN]))
+    return row.to(COMPUTE)[:, None]
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "chunks", "blocks"])
+def _scan_kernel(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    y,
+    starts,  # (batch, ceil(length / INTERVAL), states, channels): the states before every INTERVAL-th step
+    carries,  # (batch, chunks, states, channels): the states before every chunk
+    u_batch,
+    u_step,
+    dt_batch,
+    dt_step,
+    B_batch,
+    B_step,
+    C_batch,
+    C_step,
+    y_batch,
+    y_step,
+    length,
+    channels,
+    chunk,
+    chunks,
+    blocks,
+    STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    INTERVAL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CHUNKED: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """y, and the states to start from again, of one chunk of one sequence and a block of channels."""
+    program = tl.program_id(0)
+    b = (program // (blocks * chunks)).to(tl.int64)
+    k = program // blocks % chunks
+    first = k * chunk
+    last = tl.minimum(first + chunk, length)
+    d = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, STATES)
+    mask = d < channels
+
+    rates = _load_rates(A, d, mask, STATES, COMPUTE)
+    skip = tl.load(D + d, mask=mask, other=0.0).to(COMPUTE)
+    bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(COMPUTE)
+    state_offsets = n[:, None] * channels + d[None, :]
+    h = tl.zeros((STATES, BLOCK), COMPUTE)
+    if CHUNKED:
+        h = tl.load(carries + (b * chunks + k) * STATES * channels + state_offsets, mask=mask[None, :], other=0.0)
+    starts += b * tl.cdiv(length, INTERVAL) * STATES * channels + state_offsets
+
+    t = first.to(tl.int64)
+    u += b * u_batch + t * u_step + d
+    dt += b * dt_batch + t * dt_step + d
+    B += b * B_batch + n
+    C += b * C_batch + n
+    y += b * y_batch + t * y_step + d
+    next_u = _load_steps(u, u_step, first, last, d, channels, STEPS)
+    next_dt = _load_steps(dt, dt_step, first, last, d, channels, STEPS)
+    for t in range(first, last, STEPS):
+        if SAVE:  # noqa: SIM102 (known to the compiler; what follows is not)
+            if t % INTERVAL == 0:
+                offset = tl.cast(t // INTERVAL, tl.int64) * STATES * channels
+                tl.store(starts + offset, h, mask=mask[None, :])
+        # the loads of the next steps travel while these are computed
+        these_u, these_dt = next_u, next_dt
+        u += STEPS * u_step
+        dt += STEPS * dt_step
+        next_u = _load_steps(u, u_step, t + STEPS, last, d, channels, STEPS)
+        next_dt = _load_steps(dt, dt_step, t + STEPS, last, d, channels, STEPS)
+        outputs = ()
+        for i in tl.static_range(STEPS):
+            x = these_u[i].to(COMPUTE)
+            delta = _softplus(these_dt[i].to(COMPUTE) + bias)
+            B_ = _load_weights(B, B_step, t + i, last, ALIGN, COMPUTE)
+            C_ = _load_weights(C, C_step, t + i, last, ALIGN, COMPUTE)
+            h = tl.exp2(rates * delta[None, :]) * h + B_ * (delta * x)[None, :]
+            outputs += ((tl.sum(C_ * h, 0) + skip * x).to(y.dtype.element_ty),)
+        for i in tl.static_range(STEPS):  # stores last: loads are not moved ahead of a store
+            tl.store(y + i * y_step, outputs[i], mask=_within(d, channels, t + i, last))
+        y += STEPS * y_step
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "chunks", "blocks"])
+def _chunk_ends_kernel(
+    x,  # u; grad_y in the backward pass
+    dt,
+    A,
+    W,  # B; C in the backward pass
+    dt_bias,
+    ends,  # (batch, chunks, states, channels)
+    totals,  # (batch, chunks, channels)
+    x_batch,
+    x_step,
+    dt_batch,
+    dt_step,
+    W_batch,
+    W_step,
+    length,
+    channels,
+    chunk,
+    chunks,
+    blocks,
+    STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Of a chunk scanned from zero: the state after it (backward: the gradient before it), and the sum of its steps."""
+    program = tl.program_id(0)
+    b = (program // (blocks * chunks)).to(tl.int64)
+    k = program // blocks % chunks
+    first = k * chunk
+    last = tl.minimum(first + chunk, length)
+    d = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, STATES)
+    mask = d < channels
+
+    rates = _load_rates(A, d, mask, STATES, COMPUTE)
+    bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(COMPUTE)
+    h = tl.zeros((STATES, BLOCK), COMPUTE)
+    total = tl.zeros((BLOCK,), COMPUTE)
+    x += b * x_batch + d
+    dt += b * dt_batch + d
+    W += b * W_batch + n
+    for j in range(0, last - first, STEPS):
+        t = first + ((last - first - 1) // STEPS * STEPS - j if BACKWARD else j)
+        offset = tl.cast(t, tl.int64)
+        these_x = _load_steps(x + offset * x_step, x_step, t, last, d, channels, STEPS)
+        these_dt = _load_steps(dt + offset * dt_step, dt_step, t, last, d, channels, STEPS)
+        for i in tl.static_range(STEPS - 1 if BACKWARD else 0, -1 if BACKWARD else STEPS, -1 if BACKWARD else 1):
+            W_ = _load_weights(W, W_step, t + i, last, ALIGN, COMPUTE)
+            # no step where there is none, past the sequence's end
+            delta = tl.where(t + i < last, _softplus(these_dt[i].to(COMPUTE) + bias), 0.0)
+            decay = tl.exp2(rates * delta[None, :])
+            if BACKWARD:
+                h = decay * (h + W_ * these_x[i].to(COMPUTE)[None, :])
+            else:
+                h = decay * h + W_ * (delta * these_x[i].to(COMPUTE))[None, :]
+            total += delta
+    chunk_index = b * chunks + k
+    tl.store(ends + (chunk_index * STATES + n[:, None]) * channels + d[None, :], h, mask=mask[None, :])
+    tl.store(totals + chunk_index * channels + d, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["chunks", "blocks"])
+def _carry_kernel(
+    ends,  # (batch, chunks, states, channels): replaced by the states before each chunk (backward: gradients after it)
+    totals,
+    A,
+    channels,
+    chunks,
+    blocks,
+    STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """Carry the states of one sequence and a block of its (states, channels), taken as one dimension, across chunks."""
+    program = tl.program_id(0)
+    b = (program // blocks).to(tl.int64)
+    index = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    n = index // channels
+    d = index % channels
+    rates = tl.load(A + d * STATES + n, mask=n < STATES, other=0.0).to(COMPUTE) * _LOG2_E
+    ends += b * chunks * STATES * channels + index
+    totals += b * chunks * channels + d
+    h = tl.zeros((BLOCK,), COMPUTE)
+    for j in range(0, chunks, STEPS):
+        inflows = ()
+        steps = ()
+        for i in tl.static_range(STEPS):
+            k = tl.cast(chunks - 1 - (j + i) if BACKWARD else j + i, tl.int64)
+            mask = _within(index, STATES * channels, j + i, chunks)
+            inflows += (tl.load(ends + k * STATES * channels, mask=mask, other=0.0),)
+            steps += (tl.load(totals + k * channels, mask=mask, other=0.0),)
+        for i in tl.static_range(STEPS):
+            k = tl.cast(chunks - 1 - (j + i) if BACKWARD else j + i, tl.int64)
+            tl.store(ends + k * STATES * channels, h, mask=_within(index, STATES * channels, j + i, chunks))
+            h = tl.exp2(rates * steps[i]) * h + inflows[i]
+
+
+@triton.jit(do_not_specialize=["length", "chunk", "chunks", "blocks", "batch"])
+def _scan_backward_kernel(
+    grad_y,
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    starts,  # as the forward pass saved them
+    carries,  # (batch, chunks, states, channels): the gradients of the states after every chunk
+    grad_u,
+    grad_dt,
+    grad_weights,  # (blocks, batch, length, 2, states): each block's part of B's and C's gradients
+    grad_parameters,  # (batch, chunks, states + 2, channels): each chunk's part of those of A, D and dt_bias
+    grad_y_batch,
+    grad_y_step,
+    u_batch,
+    u_step,
+    dt_batch,
+    dt_step,
+    B_batch,
+    B_step,
+    C_batch,
+    C_step,
+    batch,
+    length,
+    channels,
+    chunk,
+    chunks,
+    blocks,
+    STATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    INTERVAL: tl.constexpr,
+    ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CHUNKED: tl.constexpr,
+):
+    """The gradients of one chunk of one sequence and a block of channels, from its last steps to its first.
+
+    With h_t = decay_t h_(t-1) + B_t delta_t u_t and G_t the gradient of h_t, G_t = C_t grad_y_t + decay_(t+1) G_(t+1).
+    """
+    program = tl.program_id(0)
+    b = (program // (blocks * chunks)).to(tl.int64)
+    k = program // blocks % chunks
+    block = program % blocks
+    first = k * chunk
+    last = tl.minimum(first + chunk, length)
+    d = block * BLOCK + tl.arange(0, BLOCK)
+    n = tl.arange(0, STATES)
+    mask = d < channels
+
+    rates = _load_rates(A, d, mask, STATES, COMPUTE)
+    skip = tl.load(D + d, mask=mask, other=0.0).to(COMPUTE)
+    bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(COMPUTE)
+    state_offsets = n[:, None] * channels + d[None, :]
+    carry = tl.zeros((STATES, BLOCK), COMPUTE)  # decay_(t+1) G_(t+1)
+    if CHUNKED:
+        carry = tl.load(carries + (b * chunks + k) * STATES * channels + state_offsets, mask=mask[None, :], other=0.0)
+    grad_A = tl.zeros((STATES, BLOCK), COMPUTE)
+    grad_D = tl.zeros((BLOCK,), COMPUTE)
+    grad_bias = tl.zeros((BLOCK,), COMPUTE)
+
+    grad_y += b * grad_y_batch + d
+    u += b * u_batch + d
+    dt += b * dt_batch + d
+    B += b * B_batch + n
+    C += b * C_batch + n
+    starts += b * tl.cdiv(length, INTERVAL) * STATES * channels + state_offsets
+    grad_u += b * length * channels + d
+    grad_dt += b * length * channels + d
+    grad_weights += (block * batch + b) * length * 2 * STATES + n
+    for j in range(0, last - first, STEPS):
+        t = first + (last - first - 1) // STEPS * STEPS - j
+        offset = tl.cast(t, tl.int64)
+        these_u = _load_steps(u + offset * u_step, u_step, t, last, d, channels, STEPS)
+        these_dt = _load_steps(dt + offset * dt_step, dt_step, t, last, d, channels, STEPS)
+        these_grad_y = _load_steps(grad_y + offset * grad_y_step, grad_y_step, t, last, d, channels, STEPS)
+        h = tl.load(starts + tl.cast(t // INTERVAL, tl.int64) * STATES * channels, mask=mask[None, :], other=0.0)
+        for s in range(t // INTERVAL * INTERVAL, t, STEPS):  # from the saved state to the one before step t
+            earlier = tl.cast(s, tl.int64)
+            earlier_u = _load_steps(u + earlier * u_step, u_step, s, last, d, channels, STEPS)
+            earlier_dt = _load_steps(dt + earlier * dt_step, dt_step, s, last, d, channels, STEPS)
+            for i in tl.static_range(STEPS):
+                delta = _softplus(earlier_dt[i].to(COMPUTE) + bias)
+                B_ = _load_weights(B, B_step, s + i, last, ALIGN, COMPUTE)
+                h = tl.exp2(rates * delta[None, :]) * h + B_ * (delta * earlier_u[i].to(COMPUTE))[None, :]
+        states = (h,)  # before step t, and after each of the STEPS
+        for i in tl.static_range(STEPS):
+            delta = _softplus(these_dt[i].to(COMPUTE) + bias)
+            B_ = _load_weights(B, B_step, t + i, last, ALIGN, COMPUTE)
+            h = tl.exp2(rates * delta[None, :]) * h + B_ * (delta * these_u[i].to(COMPUTE))[None, :]
+            states += (h,)
+        for i in tl.static_range(STEPS - 1, -1, -1):
+            mask_d, mask_n = _within(d, channels, t + i, last), _within(n, STATES, t + i, last)
+            x = these_u[i].to(COMPUTE)
+            g = these_grad_y[i].to(COMPUTE)
+            B_ = _load_weights(B, B_step, t + i, last, ALIGN, COMPUTE)
+            C_ = _load_weights(C, C_step, t + i, last, ALIGN, COMPUTE)
+            step = these_dt[i].to(COMPUTE) + bias
+            delta = _softplus(step)
+            G = C_ * g[None, :] + carry
+            grad_delta_x = tl.sum(B_ * G, 0)
+            carry = tl.exp2(rates * delta[None, :]) * G
+            grad_exponent = carry * states[i]  # of delta A
+            grad_A += grad_exponent * delta[None, :]
+            grad_delta = tl.sum(rates * grad_exponent, 0) * _LN_2 + grad_delta_x * x
+            grad_step = grad_delta * tl.where(step > 20.0, 1.0, tl.sigmoid(step))
+            grad_D += g * x
+            grad_bias += grad_step
+            row = (offset + i) * channels
+            grad_x = grad_delta_x * delta + g * skip
+            tl.store(grad_u + row, grad_x.to(grad_u.dtype.element_ty), mask=mask_d)
+            tl.store(grad_dt + row, grad_step.to(grad_dt.dtype.element_ty), mask=mask_d)
+            weights = grad_weights + (offset + i) * 2 * STATES
+            tl.store(weights, tl.sum(G * (delta * x)[None, :], 1), mask=mask_n)
+            tl.store(weights + STATES, tl.sum(states[i + 1] * g[None, :], 1), mask=mask_n)
+    grad_parameters += (b * chunks + k) * (STATES + 2) * channels
+    tl.store(grad_parameters + state_offsets, grad_A, mask=mask[None, :])
+    tl.store(grad_parameters + STATES * channels + d, grad_D, mask=mask)
+    tl.store(grad_parameters + (STATES + 1) * channels + d, grad_bias, mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels: the convolution. A program has a tile of (steps, channels) of one sequence.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_tile(ptr, stride, t, d, length, width, COMPUTE: tl.constexpr):
+    """Rows t of a sequence and channels d, as (steps, block); zero outside."""
+    mask = ((t >= 0) & (t < length))[:, None] & (d < width)[None, :]
+    return tl.load(ptr + t.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def _load_taps(weight, d, width, COMPUTE: tl.constexpr):
+    taps = ()
+    for i in tl.static_range(3):
+        taps += (tl.load(weight + d * 3 + i, mask=d < width, other=0.0).to(COMPUTE)[None, :],)
+    return taps
+
+
+@triton.jit
+def _tile_of(program, length, width, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's sequence, steps and channels."""
+    blocks = tl.cdiv(width, BLOCK)
+    tiles = tl.cdiv(length, STEPS)
+    t = program // blocks % tiles * STEPS + tl.arange(0, STEPS)
+    d = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    return (program // (blocks * tiles)).to(tl.int64), t, d
+
+
+@triton.jit(do_not_specialize=["length"])
+def _convolve_kernel(
+    x,
+    weight,
+    y,
+    x_batch,
+    x_step,
+    y_batch,
+    y_step,
+    length,
+    width,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """y = silu(p), p_t = w_0 x_(t-1) + w_1 x_t + w_2 x_(t+1)."""
+    b, t, d = _tile_of(tl.program_id(0), length, width, STEPS, BLOCK)
+    taps = _load_taps(weight, d, width, COMPUTE)
+    x += b * x_batch
+    p = tl.zeros((STEPS, BLOCK), COMPUTE)
+    for i in tl.static_range(3):
+        p += taps[i] * _load_tile(x, x_step, t + (i - 1), d, length, width, COMPUTE)
+    out = y + b * y_batch + t.to(tl.int64)[:, None] * y_step + d[None, :]
+    mask = (t < length)[:, None] & (d < width)[None, :]
+    tl.store(out, (p * tl.sigmoid(p)).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length"])
+def _convolve_backward_kernel(
+    grad_y,
+    x,
+    weight,
+    grad_x,
+    grad_weight,  # (programs along batch and steps, 3, width): each program's part
+    grad_y_batch,
+    grad_y_step,
+    x_batch,
+    x_step,
+    length,
+    width,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """With g_t the gradient of p_t: grad_x_t = w_2 g_(t-1) + w_1 g_t + w_0 g_(t+1), grad_w_i = sum_t g_t x_(t+i-1)."""
+    program = tl.program_id(0)
+    b, t, d = _tile_of(program, length, width, STEPS, BLOCK)
+    taps = _load_taps(weight, d, width, COMPUTE)
+    x += b * x_batch
+    grad_y += b * grad_y_batch
+    part = (program // tl.cdiv(width, BLOCK)).to(tl.int64)
+    total = tl.zeros((STEPS, BLOCK), COMPUTE)
+    for i in tl.static_range(3):
+        s = t + (1 - i)  # the step whose output reads x_t through tap i
+        p = tl.zeros((STEPS, BLOCK), COMPUTE)
+        for j in tl.static_range(3):
+            p += taps[j] * _load_tile(x, x_step, s + (j - 1), d, length, width, COMPUTE)
+        sigmoid = tl.sigmoid(p)
+        g = _load_tile(grad_y, grad_y_step, s, d, length, width, COMPUTE) * sigmoid * (1.0 + p * (1.0 - sigmoid))
+        total += taps[i] * g
+        grad = tl.sum(g * _load_tile(x, x_step, t, d, length, width, COMPUTE), 0)
+        tl.store(grad_weight + (part * 3 + i) * width + d, grad, mask=d < width)
+    out = grad_x + (b * length + t.to(tl.int64)[:, None]) * width + d[None, :]
+    mask = (t < length)[:, None] & (d < width)[None, :]
+    tl.store(out, total.to(grad_x.dtype.element_ty), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators
+# ---------------------------------------------------------------------------------------------------------------------
+
+_TILE = {"STEPS": 16, "BLOCK": 64, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    z: Tensor | None,
+    weight: Tensor | None,
+    save_states: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output, with z's branch beside it if there is one, and the saved states (empty unless asked for)."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    if states & (states - 1):
+        raise ValueError(f"A must have a power of two states for backend='triton', got {states}; use backend='torch'")
+    u, dt, B, C, A, D, dt_bias = map(_rows, (u, dt, B, C, A, D, dt_bias))
+    dtype = _compute_dtype(u)
+    out = u.new_empty(batch, length, channels + (0 if z is None else z.shape[2]))
+    intervals = triton.cdiv(length, _INTERVAL) if save_states else 0
+    starts = u.new_empty(batch, intervals, states, channels, dtype=dtype)
+    if out.numel() == 0:
+        return out, starts
+    division = plan(batch, length, channels, _processors(u.device))
+    block, blocks, chunk, chunks = division
+    with _on(u.device):
+        carries = _carry(u, dt, A, B, dt_bias, division, backward=False) if chunks > 1 else starts
+        _scan_kernel[(batch * chunks * blocks,)](
+            *(u, dt, A, B, C, D, dt_bias, out, starts, carries),
+            *_strides(u, dt, B, C, out),
+            *(length, channels, chunk, chunks, blocks),
+            STATES=states,
+            BLOCK=block,
+            STEPS=_STEPS,
+            INTERVAL=_INTERVAL,
+            ALIGN=_alignment(B, C),
+            COMPUTE=_triton_dtype(dtype),
+            CHUNKED=chunks > 1,
+            SAVE=save_states,
+            **_OPTIONS,
+        )
+    if z is not None:
+        _run_convolve(z, weight, out[:, :, channels:])
+    return out, starts
+
+
+def _backward(
+    grad_y: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u; of dt; of B and C, (batch, length, 2, states); of A.T, D and dt_bias, (states + 2, channels)."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    grad_y, u, dt, B, C, A, D, dt_bias = map(_rows, (grad_y, u, dt, B, C, A, D, dt_bias))
+    grad_u, grad_dt = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt))
+    if u.numel() == 0:
+        return grad_u, grad_dt, starts.new_zeros(batch, length, 2, states), starts.new_zeros(states + 2, channels)
+    if starts.shape[1] == 0:
+        raise RuntimeError("the scan kept no states for its backward pass; it does where an input requires a gradient")
+    division = plan(batch, length, channels, _processors(u.device))
+    block, blocks, chunk, chunks = division
+    grad_weights = starts.new_empty(blocks, batch, length, 2, states)
+    grad_parameters = starts.new_empty(batch * chunks, states + 2, channels)
+    with _on(u.device):
+        carries = _carry(grad_y, dt, A, C, dt_bias, division, backward=True) if chunks > 1 else starts
+        _scan_backward_kernel[(batch * chunks * blocks,)](
+            *(grad_y, u, dt, A, B, C, D, dt_bias, starts, carries, grad_u, grad_dt, grad_weights, grad_parameters),
+            *_strides(grad_y, u, dt, B, C),
+            *(batch, length, channels, chunk, chunks, blocks),
+            STATES=states,
+            BLOCK=block,
+            STEPS=_STEPS,
+            INTERVAL=_INTERVAL,
+            ALIGN=_alignment(B, C),
+            COMPUTE=_triton_dtype(starts.dtype),
+            CHUNKED=chunks > 1,
+            **_OPTIONS,
+        )
+    return grad_u, grad_dt, grad_weights.sum(0), grad_parameters.sum(0)
+
+
+def _carry(x: Tensor, dt: Tensor, A: Tensor, W: Tensor, dt_bias: Tensor, division: Plan, backward: bool) -> Tensor:
+    """States before each chunk, or gradients of the states after it, (batch, chunks, states, channels)."""
+    batch, length, channels = x.shape
+    states = A.shape[1]
+    block, blocks, chunk, chunks = division
+    dtype = _compute_dtype(x)
+    ends = x.new_empty(batch, chunks, states, channels, dtype=dtype)
+    totals = x.new_empty(batch, chunks, channels, dtype=dtype)
+    _chunk_ends_kernel[(batch * chunks * blocks,)](
+        *(x, dt, A, W, dt_bias, ends, totals),
+        *_strides(x, dt, W),
+        *(length, channels, chunk, chunks, blocks),
+        STATES=states,
+        BLOCK=block,
+        STEPS=_STEPS,
+        ALIGN=_alignment(W),
+        COMPUTE=_triton_dtype(dtype),
+        BACKWARD=backward,
+        **_OPTIONS,
+    )
+    blocks = triton.cdiv(states * channels, _LANES)
+    _carry_kernel[(batch * blocks,)](
+        *(ends, totals, A, channels, chunks, blocks),
+        STATES=states,
+        BLOCK=_LANES,
+        STEPS=8,
+        COMPUTE=_triton_dtype(dtype),
+        BACKWARD=backward,
+        **_OPTIONS,
+    )
+    return ends
+
+
+def _convolve_forward(x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(x.shape)
+    _run_convolve(x, weight, y)
+    return y
+
+
+def _run_convolve(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    batch, length, width = x.shape
+    if x.numel() == 0:
+        return
+    x, weight = _rows(x), weight.contiguous()
+    programs = batch * triton.cdiv(length, _TILE["STEPS"]) * triton.cdiv(width, _TILE["BLOCK"])
+    with _on(x.device):
+        _convolve_kernel[(programs,)](
+            *(x, weight, y, *_strides(x, y), length, width), COMPUTE=_triton_dtype(_compute_dtype(x)), **_TILE
+        )
+
+
+def _convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of weight as (3, width)."""
+    batch, length, width = x.shape
+    dtype = _compute_dtype(x)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return grad_x, x.new_zeros(3, width, dtype=dtype)
+    grad_y, x, weight = _rows(grad_y), _rows(x), weight.contiguous()
+    tiles = batch * triton.cdiv(length, _TILE["STEPS"])
+    grad_weight = x.new_empty(tiles, 3, width, dtype=dtype)
+    with _on(x.device):
+        _convolve_backward_kernel[(tiles * triton.cdiv(width, _TILE["BLOCK"]),)](
+            *(grad_y, x, weight, grad_x, grad_weight, *_strides(grad_y, x), length, width),
+            COMPUTE=_triton_dtype(dtype),
+            **_TILE,
+        )
+    return grad_x, grad_weight.sum(0)
+
+
+# The namespace carries this module's name, for transformers loads each model folder's code as modules of its own.
+_NAMESPACE = "mambavision_" + "".join(c if c.isalnum() else "_" for c in __name__)
+_scan = torch.library.custom_op(f"{_NAMESPACE}::scan", _forward, mutates_args=())
+_scan_backward = torch.library.custom_op(f"{_NAMESPACE}::scan_backward", _backward, mutates_args=())
+_convolve = torch.library.custom_op(f"{_NAMESPACE}::convolve", _convolve_forward, mutates_args=())
+_convolve_backward_op = torch.library.custom_op(f"{_NAMESPACE}::convolve_backward", _convolve_backward, mutates_args=())
+
+
+@_scan.register_fake
+def _(u, dt, A, B, C, D, dt_bias, z, weight, save_states):
+    batch, length, channels = u.shape
+    intervals = -(-length // _INTERVAL) if save_states else 0
+    starts = u.new_empty(batch, intervals, A.shape[1], channels, dtype=_compute_dtype(u))
+    return u.new_empty(batch, length, channels + (0 if z is None else z.shape[2])), starts
+
+
+@_scan_backward.register_fake
+def _(grad_y, u, dt, A, B, C, D, dt_bias, starts):
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    grad_u, grad_dt = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt))
+    return grad_u, grad_dt, starts.new_empty(batch, length, 2, states), starts.new_empty(states + 2, channels)
+
+
+@_convolve.register_fake
+def _(x, weight):
+    return x.new_empty(x.shape)
+
+
+@_convolve_backward_op.register_fake
+def _(grad_y, x, weight):
+    grad_weight = x.new_empty(3, x.shape[2], dtype=_compute_dtype(x))
+    return torch.empty_like(x, memory_format=torch.contiguous_format), grad_weight
+
+
+def _save_for_scan(ctx, inputs, output):
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _gradients_of_scan(ctx, grad_out, grad_starts):
+    u, dt, A, B, C, D, dt_bias, z, weight, starts = ctx.saved_tensors
+    channels, states = A.shape
+    grad_y = grad_out[:, :, :channels]
+    grad_u, grad_dt, grad_weights, grad_parameters = _scan_backward(grad_y, u, dt, A, B, C, D, dt_bias, starts)
+    grad_B, grad_C = grad_weights.to(torch.promote_types(B.dtype, C.dtype)).unbind(2)
+    grad_A, grad_D, grad_bias = grad_parameters.split([states, 1, 1])
+    gradients = [
+        grad_u,
+        grad_dt,
+        grad_A.T.to(A.dtype),
+        grad_B.to(B.dtype),
+        grad_C.to(C.dtype),
+        grad_D[0].to(D.dtype),
+        grad_bias[0].to(dt_bias.dtype),
+    ]
+    grad_z = grad_weight = None
+    if z is not None:
+        grad_z, grad_weight = _gradients_of_taps(grad_out[:, :, channels:], z, weight)
+    return *gradients, grad_z, grad_weight, None
+
+
+def _save_for_convolve(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients_of_convolve(ctx, grad_y):
+    return _gradients_of_taps(grad_y, *ctx.saved_tensors)
+
+
+def _gradients_of_taps(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = _convolve_backward_op(grad_y, x, weight)
+    return grad_x, grad_weight.T.unsqueeze(1).to(weight.dtype)
+
+
+_scan.register_autograd(_gradients_of_scan, setup_context=_save_for_scan)
+_convolve.register_autograd(_gradients_of_convolve, setup_context=_save_for_convolve)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with contiguous rows; vectors and matrices are read as contiguous altogether."""
+    return x if x.ndim == 3 and x.stride(2) == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of the sequences and steps of (batch, length, width) tensors, in elements."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _alignment(*tensors: Tensor) -> int:
+    """The power of two, at most 16, of bytes on which every row of all of them begins."""
+    sizes = [size for x in tensors for size in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:2]))]
+    return math.gcd(16, *sizes)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _on(device: torch.device):
+    """Kernels start on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,154 @@
+"""Fixtures: the repository as a user has it, in a folder of its own, and the packages that it is compared with."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+CACHE = ROOT / ".cache"
+
+# Before transformers is imported: no network, and a cache of remote code that no other run has written to.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mambavision-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "0"
+# The test processes share the processors.
+processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+
+# The repository's modules, importable as `repository.NAME` (their relative imports need a package).
+repository = types.ModuleType("repository")
+repository.__path__ = [str(ROOT)]
+sys.modules["repository"] = repository
+
+from repository.configuration_mambavision import VARIANTS, MambaVisionConfig  # noqa: E402
+from weights import filled  # noqa: E402
+
+
+MODEL_FILES = [
+    "configuration_mambavision.py",
+    "fusion_mambavision.py",
+    "modeling_mambavision.py",
+    "selective_scan.py",
+    "selective_scan_triton.py",
+]
+SHAPES = json.loads((FIXTURES / "state_dict_shapes.json").read_text())
+
+# A model of 0.3 M parameters with all there is in it: both mixers, layer scale, padded windows, several windows.
+SMALL = dict(
+    dim=16,
+    in_dim=8,
+    depths=[1, 1, 3, 2],
+    num_heads=[1, 1, 2, 4],
+    window_size=[8, 8, 4, 3],
+    resolution=64,
+    layer_scale=0.5,
+    num_labels=5,
+)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+def copy_code(folder: Path) -> Path:
+    """The model's code alone, as a user's folder that is yet to get a configuration and weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in MODEL_FILES:
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def published_style_folder(folder: Path, variant: str, seed: int = 0) -> Path:
+    """A folder as NVIDIA's repositories are: their kind of config.json and weights under `model.`, with our code."""
+    copy_code(folder)
+    settings = VARIANTS[variant]
+    config = {
+        "architectures": ["MambaVision"],
+        "auto_map": {
+            "AutoConfig": "configuration_mambavision.MambaVisionConfig",
+            "AutoModel": "modeling_mambavision.MambaVisionModel",
+            "AutoModelForImageClassification": "modeling_mambavision.MambaVisionModelForImageClassification",
+        },
+        "model_type": "mambavision",
+        "torch_dtype": "float32",
+        "transformers_version": "4.34.1",
+        "mlp_ratio": 4,
+        "window_size": [8, 8, 14, 7],
+        "resolution": 224,
+        "crop_mode": "center",
+        "crop_pct": 1.0,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        **settings,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {f"model.{name}": tensor for name, tensor in filled(SHAPES[variant], seed).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def run_python(code: str, *arguments, overlay: Path | None = None, check: bool = True, **environment):
+    """Run `code` in a new interpreter, with the packages in `overlay` before the installed ones."""
+    path = [str(overlay)] if overlay else []
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def install(name: str, *requirements: str) -> Path:
+    """The packages, in a folder of their own: what the tests compare with and no user needs."""
+    target = CACHE / name
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / f"{name}.lock"):  # the tests run in several processes
+        if not (target / "complete").exists():
+            shutil.rmtree(target, ignore_errors=True)
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", target, *requirements]
+            subprocess.run(command, check=True, timeout=600)
+            (target / "complete").touch()
+    return target
+
+
+@pytest.fixture(scope="session")
+def published():
+    """The published package's module (installed without its dependencies, which need a CUDA compiler)."""
+    from published import import_published
+
+    return import_published(install("mambavision-1.2.0", "--no-deps", "mambavision==1.2.0"))
+
+
+@pytest.fixture(scope="session", params=["4.50.0", "4.57.6"])
+def older_transformers(request) -> Path:
+    """A folder with an older transformers and its dependencies; for `run_python(..., overlay=...)`."""
+    return install(f"transformers-{request.param}", f"transformers=={request.param}")
+
+
+@pytest.fixture
+def small_config() -> MambaVisionConfig:
+    return MambaVisionConfig(**SMALL)
+
+
+@pytest.fixture
+def small_folder(tmp_path) -> Path:
+    """A small model with filled weights, saved by transformers, in a folder that holds nothing else."""
+    from repository.modeling_mambavision import MambaVisionModelForImageClassification
+
+    torch.manual_seed(0)
+    model = MambaVisionModelForImageClassification(MambaVisionConfig(**SMALL))
+    model.load_state_dict(filled({name: t.shape for name, t in model.state_dict().items()}))
+    model.save_pretrained(tmp_path / "small")
+    return tmp_path / "small"

@@ -1,0 +1,1248 @@
+"""The converter: published formats in, repository folders out; and every way in which that can go wrong."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import types
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import (
+    RELOAD,
+    SMALL_VARIANT,
+    convert,
+    converted,
+    outputs_of_the_published_package,
+    published_weights,
+    save,
+    save_mm,
+    shapes_only,
+    small_weights,
+    training_state,
+)
+from conftest import ROOT, SHAPES, run_python
+from huggingface_hub import ModelCard
+from PIL import Image
+from repository import convert_checkpoint
+from repository.configuration_mambavision import VARIANTS, imagenet_labels
+from repository.conversion import plan as plan_module
+from repository.conversion.errors import ConversionError
+from repository.conversion.source import Source
+from safetensors.torch import load_file, save_file
+from weights import image
+
+
+SMALL_NAME = "MambaVision-Small-1K"
+FILES = {
+    "LICENSE",
+    "README.md",
+    "config.json",
+    "configuration_mambavision.py",
+    "conversion.json",
+    "fusion_mambavision.py",
+    "model.safetensors",
+    "modeling_mambavision.py",
+    "preprocessor_config.json",
+    "requirements.txt",
+    "selective_scan.py",
+    "selective_scan_triton.py",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_variant(monkeypatch):
+    """Makes the small settings a published variant, recognised as the others are."""
+    monkeypatch.setitem(VARIANTS, SMALL_NAME, SMALL_VARIANT)
+    monkeypatch.setitem(plan_module.PUBLISHED["classification"], SMALL_NAME, {"top1": 12.3})
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """The small variant as timm saves it, in a folder of its own."""
+    (tmp_path / "source").mkdir()
+    return save(tmp_path / "source" / "small_1k.pth.tar", training_state(small_weights()))
+
+
+def assert_error(run, *words: str) -> None:
+    """One line `error: ...` on stderr that has the words, after notes and progress at most."""
+    assert run.code not in (0, None)
+    others = ("note: ", "writing: ", "verifying: ", "hashing: ")
+    errors = [line for line in re.split(r"[\n\r]", run.err) if line and not line.startswith(others)]
+    assert [line[:7] for line in errors] == ["error: "], run.err
+    for word in words:
+        assert word in errors[0]
+
+
+def assert_fails_and_leaves_nothing(target: Path, words: list[str], *arguments) -> None:
+    before = sorted(target.parent.iterdir())
+    assert_error(convert(*arguments), *words)
+    assert sorted(target.parent.iterdir()) == before
+
+
+def assert_holds(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """The folder's weights are these, bit for bit."""
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored.update(load_file(file))
+    assert stored.keys() == {f"model.{name}" for name in weights}
+    for name, tensor in weights.items():
+        assert torch.equal(stored[f"model.{name}"], tensor) and stored[f"model.{name}"].dtype == tensor.dtype, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published models
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODELS = [name for name in VARIANTS if name.endswith("-1K")]
+# and L3-256-21K in test_convert_large.py
+
+
+@pytest.fixture(scope="module")
+def published_models(tmp_path_factory, published):
+    """Each model's outputs by the published package on a checkpoint, and by the folder made from that checkpoint."""
+    base = tmp_path_factory.mktemp("published")
+    pixels = image((1, 3, 64, 96))
+    torch.save(pixels, base / "pixels.pt")
+    files = json.loads((ROOT / "conversion" / "published.json").read_text())["classification"]
+    expected, lines = {}, {}
+    for variant in MODELS:
+        weights = published_weights(variant)
+        path = save(base / files[variant]["checkpoint_file"], {"state_dict": weights, "arch": variant, "epoch": 300})
+        expected[variant] = outputs_of_the_published_package(published, variant, weights, pixels)
+        del weights
+        lines[variant] = converted(path, base / variant)
+        path.unlink()
+    folders = [base / variant for variant in MODELS]
+    run_python(RELOAD, base / "pixels.pt", *folders)
+    yield {
+        variant: (expected[variant], load_file(base / variant / "outputs.safetensors"), lines[variant])
+        for variant in MODELS
+    }
+    shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_published_checkpoint_reloads_to_the_published_numbers(published_models, variant):
+    expected, actual, run = published_models[variant]
+    assert run.out.startswith("wrote ") and variant in run.out and "equal bit for bit" in run.out
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-4 * value.std().item(), msg=name)
+
+
+def test_verify_against_official(published, tmp_path, monkeypatch):
+    path = save(tmp_path / "mambavision_tiny_1k.pth.tar", {"state_dict": published_weights("MambaVision-T-1K")})
+    run = converted(path, tmp_path / "out", "--verify-against-official")
+    differences = json.loads((tmp_path / "out" / "conversion.json").read_text())["verification"][
+        "difference_from_official"
+    ]
+    assert differences.keys() == {"map0", "map1", "map2", "map3", "pooled", "logits"}
+    assert all(0 <= value < 1e-4 for value in differences.values())
+    assert "of the mambavision package's" in run.out
+
+    monkeypatch.setattr(published.Attention, "forward", lambda self, x: 1.001 * x)  # another function
+    arguments = (path, tmp_path / "other", "--verify-against-official")
+    assert_fails_and_leaves_nothing(tmp_path / "other", ["mambavision package computes otherwise", "map2"], *arguments)
+
+
+def test_verify_against_official_where_it_is_not_installed(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mambavision.models.mamba_vision", None)
+    arguments = (checkpoint, tmp_path / "out", "--verify-against-official")
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["pip install --no-deps mambavision"], *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prefixed(weights: dict, prefix: str) -> dict:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+SOURCES = {
+    "timm": lambda path, w: save(path / "a.pth.tar", training_state(w)),
+    "under model": lambda path, w: save(path / "a.pth", {"model": w, "epoch": 3}),
+    "parallel": lambda path, w: save(path / "a.pth.tar", {"state_dict": _prefixed(w, "module.")}),
+    "with prefix": lambda path, w: save(path / "a.pth.tar", {"state_dict": _prefixed(w, "model.")}),
+    "parallel with prefix": lambda path, w: save(path / "a.pth.tar", {"model": _prefixed(w, "module.model.")}),
+    "compiled": lambda path, w: save(path / "a.pth.tar", {"state_dict": _prefixed(w, "_orig_mod.")}),
+    "bare": lambda path, w: save(path / "a.bin", w),
+    "before zip": lambda path, w: save(path / "a.pth", training_state(w), _use_new_zipfile_serialization=False),
+    "channels last": lambda path, w: save(path / "a.pth", {"state_dict": _channels_last(w)}),
+    "of mmengine": lambda path, w: save_mm(path / "a.pth", w),
+    "parameters": lambda path, w: save(path / "a.pth", {"state_dict": _parameters(w)}),
+    "safetensors": lambda path, w: _save_file(path / "a.safetensors", w),
+    "safetensors with prefix": lambda path, w: _save_file(path / "a.safetensors", _prefixed(w, "model.")),
+    "folder": lambda path, w: _save_file(path / "model.safetensors", _prefixed(w, "model.")).parent,
+    "folder of a .pth.tar": lambda path, w: save(path / "a.pth.tar", {"state_dict": w}).parent,
+    "sharded folder": lambda path, w: _save_shards(path, w),
+}
+
+
+def _channels_last(weights: dict) -> dict:
+    return {n: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in weights.items()}
+
+
+def _parameters(weights: dict) -> dict:
+    return {n: torch.nn.Parameter(t) if t.is_floating_point() else t for n, t in weights.items()}
+
+
+def _save_file(path: Path, weights: dict) -> Path:
+    save_file(weights, path, metadata={"format": "pt"})
+    return path
+
+
+def _save_shards(folder: Path, weights: dict) -> Path:
+    names = sorted(weights)
+    parts = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    for file, part in parts.items():
+        save_file({f"model.{name}": weights[name] for name in part}, folder / file, metadata={"format": "pt"})
+    weight_map = {f"model.{name}": file for file, part in parts.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_reads_every_format(kind, tmp_path):
+    weights = small_weights()
+    (tmp_path / "source").mkdir()
+    source = SOURCES[kind](tmp_path / "source", weights)
+    converted(source, tmp_path / "out")
+    assert_holds(tmp_path / "out", weights)
+
+
+def test_takes_the_average_on_request(tmp_path):
+    content = training_state(small_weights(0), state_dict_ema=_prefixed(small_weights(1), "module."))
+    path = save(tmp_path / "last.pth.tar", content)
+    converted(path, tmp_path / "plain")
+    converted(path, tmp_path / "average", "--ema")
+    assert_holds(tmp_path / "plain", small_weights(0))
+    assert_holds(tmp_path / "average", small_weights(1))
+    assert json.loads((tmp_path / "average" / "conversion.json").read_text())["source"]["weights"] == (
+        "exponential average"
+    )
+    bare = save(tmp_path / "bare.pth.tar", {"state_dict": small_weights()})
+    assert_fails_and_leaves_nothing(tmp_path / "no", ["state_dict_ema", "state_dict"], bare, tmp_path / "no", "--ema")
+
+
+def test_its_own_folder_converts_again(checkpoint, tmp_path):
+    labels = tmp_path / "labels.txt"
+    labels.write_text("a\nb\nc\nd\ne\n")
+    converted(checkpoint, tmp_path / "first", "--labels", labels, "--dtype", "bfloat16")
+    converted(tmp_path / "first", tmp_path / "second")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recognition
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def recognised(name: str, tensors: dict, config: dict | None = None, variant: str | None = None):
+    source = Source(name, [Path(name)], tensors, config or {})
+    return plan_module.make_plan(source, variant, None, backbone_only=False)
+
+
+@pytest.mark.parametrize("variant", SHAPES)
+def test_recognises_every_published_model(variant):
+    tensors = shapes_only(SHAPES[variant])
+    checkpoint_file = plan_module.PUBLISHED["classification"][variant]["checkpoint_file"]
+    for name in (checkpoint_file, f"nvidia/{variant}", f"{variant}/model.safetensors"):
+        plan = recognised(name, tensors)
+        assert plan.variant == variant
+        assert plan.config.id2label == imagenet_labels()
+        for field, value in VARIANTS[variant].items():
+            assert getattr(plan.config, field) == value
+    assert recognised("x", tensors, variant=f"nvidia/{variant}").variant == variant
+    snapshot = f"models--nvidia--{variant}/snapshots/{'0' * 40}/model.safetensors"
+    assert recognised(snapshot, tensors).variant == variant
+
+
+def test_says_what_it_decided_without_a_name():
+    for shapes, expected in (
+        ("MambaVision-B-21K", "MambaVision-B-1K"),
+        ("MambaVision-L-21K", "MambaVision-L-1K"),
+        ("MambaVision-L2-512-21K", "MambaVision-L2-1K"),
+        ("MambaVision-L3-512-21K", "MambaVision-L3-256-21K"),
+    ):
+        plan = recognised("best.pth", shapes_only(SHAPES[shapes]))
+        assert plan.variant == expected
+        assert plan.notes == [f"the tensors fit {expected} and {shapes}: took {expected}, as no name tells which"
+                              " (--variant does)"]  # fmt: skip
+    config = {"model_type": "mambavision", "window_size": [8, 8, 32, 16]}
+    plan = recognised("best.pth", shapes_only(SHAPES["MambaVision-L3-512-21K"]), config)
+    assert plan.variant == "MambaVision-L3-512-21K" and "config.json" in plan.notes[0]
+
+
+def test_wrong_variants_are_refused():
+    tensors = shapes_only(SHAPES["MambaVision-T-1K"])
+    with pytest.raises(ConversionError, match=r"does not hold the tensors of MambaVision-T2-1K: it lacks levels.2.bl"):
+        recognised("x", tensors, variant="MambaVision-T2-1K")
+    with pytest.raises(ConversionError, match=r"--variant T is none .* MambaVision-T-1K"):
+        recognised("x", tensors, variant="T")
+    shapes = {name: shape for name, shape in SHAPES["MambaVision-T-1K"].items() if "levels.2.blocks.7." not in name}
+    with pytest.raises(ConversionError, match=r"dim=80, in_dim=32, depths=\[1, 3, 7, 4\], as no published"):
+        recognised("x", shapes_only(shapes))
+
+
+def test_settings_of_a_fine_tuned_folder_are_kept(tmp_path):
+    folder = _save_file(tmp_path / "model.safetensors", small_weights()).parent
+    settings = {"model_type": "mambavision", "resolution": 96, "window_size": [8, 8, 6, 3], "mean": [0.1, 0.2, 0.3]}
+    labels = {str(i): f"kind {i}" for i in range(5)}
+    (folder / "config.json").write_text(json.dumps({**settings, "id2label": labels}))
+    run = converted(folder, tmp_path / "out" / "deep")
+    assert "note: kept from its config.json, other than in MambaVision-Small-1K: window_size, resolution" in run.err
+    config = json.loads((tmp_path / "out" / "deep" / "config.json").read_text())
+    assert {name: config[name] for name in settings} == settings
+    assert config["id2label"] == labels
+    processor = json.loads((tmp_path / "out" / "deep" / "preprocessor_config.json").read_text())
+    assert processor["crop_size"] == {"height": 96, "width": 96} and processor["image_mean"] == [0.1, 0.2, 0.3]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuned models: classes, labels, input channels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("labels.txt", "cat\ndog\nowl\n"),
+        ("labels.json", '["cat", "dog", "owl"]'),
+        ("config.json", '{"id2label": {"0": "cat", "1": "dog", "2": "owl"}}'),
+        ("map.json", '{"0": "cat", "2": "owl", "1": "dog"}'),
+    ],
+)
+def test_labels_are_taken_from_a_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    path = save(tmp_path / "a.pth", {"state_dict": small_weights(num_labels=3)})
+    converted(path, tmp_path / "out", "--labels", tmp_path / name)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
+    assert config["label2id"] == {"cat": 0, "dog": 1, "owl": 2}
+
+
+def test_labels_are_generic_otherwise_and_imagenets_for_a_thousand(tmp_path):
+    for count, first in ((3, "LABEL_0"), (1000, imagenet_labels()[0])):
+        path = save(tmp_path / f"{count}.pth", {"state_dict": small_weights(num_labels=count)})
+        converted(path, tmp_path / str(count), "--no-verify")
+        labels = json.loads((tmp_path / str(count) / "config.json").read_text())["id2label"]
+        assert len(labels) == count and labels["0"] == first
+
+
+@pytest.mark.parametrize(
+    "name, text, words",
+    [
+        ("a.txt", "cat\ndog", ["2 classes", "5"]),
+        ("a.txt", "cat\n\ndog\n\nowl\n", ["not a list of labels"]),
+        ("a.json", '{"0": "cat", "7": "dog"}', ["not a list of labels"]),
+        ("a.json", "[1, 2, 3, 4, 5]", ["not a list of labels"]),
+        ("a.json", "not json", ["not the JSON file"]),
+        ("missing.txt", None, ["missing.txt"]),
+    ],
+)
+def test_wrong_labels_are_refused(checkpoint, tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    arguments = (checkpoint, tmp_path / "out", "--labels", tmp_path / name)
+    assert_fails_and_leaves_nothing(tmp_path / "out", words, *arguments)
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_other_input_channels(tmp_path, in_chans):
+    weights = small_weights(in_chans=in_chans)
+    path = save(tmp_path / "a.pth", {"state_dict": weights})
+    run = converted(path, tmp_path / "out")  # verified: a forward of images with these channels
+    assert "note: the mean and std of" in run.err
+    assert_holds(tmp_path / "out", weights)
+    processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert len(processor["image_mean"]) == in_chans and not processor["do_convert_rgb"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Strictness and precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _changed(name: str, change) -> dict:
+    weights = small_weights()
+    weights[name] = change(weights[name])
+    return weights
+
+
+def _with_value(value: float):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[tensor.numel() // 2] = value
+        return tensor
+
+    return change
+
+
+NAME = "levels.2.blocks.0.mixer.in_proj.weight"
+WRONG = {
+    "missing": (lambda: {n: t for n, t in small_weights().items() if n != NAME}, ["lacks " + NAME]),
+    "extra": (lambda: {**small_weights(), "levels.9.extra": torch.ones(3)}, ["levels.9.extra"]),
+    "misshapen": (lambda: _changed(NAME, lambda t: t[:, :5]), [NAME, "[64, 5]", "[64, 64]"]),
+    "transposed": (lambda: _changed("head.weight", lambda t: t.T.contiguous()), ["head.weight", "[128, 5]"]),
+    "not finite": (lambda: _changed(NAME, _with_value(float("nan"))), [NAME, "not finite"]),
+    "infinite": (lambda: _changed("levels.3.blocks.0.mixer.D", _with_value(float("-inf"))), ["mixer.D", "not finite"]),
+    "integers": (lambda: _changed(NAME, lambda t: t.to(torch.int8)), [NAME, "torch.int8"]),
+    "doubles": (lambda: _changed(NAME, lambda t: t.double()), [NAME, "torch.float64"]),
+    "complex": (lambda: _changed(NAME, lambda t: t.to(torch.complex64)), [NAME, "torch.complex64"]),
+    "a counter as float": (lambda: _changed("norm.num_batches_tracked", lambda t: t.float()), ["tracked in torch.flo"]),
+    "sparse": (lambda: _changed(NAME, lambda t: t.to_sparse()), [NAME, "plain dense"]),
+    "quantised": (
+        lambda: _changed(NAME, lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+        [NAME, "plain dense"],
+    ),
+    "no tensor": (lambda: {**small_weights(), NAME: "hello"}, [NAME, "not a tensor"]),
+    "no name": (lambda: {**small_weights(), 7: torch.ones(2)}, ["7", "not a tensor"]),
+    "empty tensor": (lambda: _changed("head.weight", lambda t: t.new_empty(10**9, 0)), ["head.weight", "empty"]),
+    "a view that grows": (
+        lambda: _changed("head.weight", lambda t: torch.ones(1, 1).expand(10**10, 128)),
+        ["claim", "GB"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_tensors_are_named(tmp_path, kind):
+    make, words = WRONG[kind]
+    path = save(tmp_path / "a.pth", {"state_dict": make()})
+    assert_fails_and_leaves_nothing(tmp_path / "out", words, path, tmp_path / "out")
+
+
+NEVER_CAST = re.compile(r"A_log$|\.D$|running_mean$|running_var$|num_batches_tracked$")
+
+
+@pytest.mark.parametrize("name, dtype", [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_casts_what_may_be_cast(checkpoint, tmp_path, name, dtype):
+    converted(checkpoint, tmp_path / "out", "--dtype", name)
+    expected = {n: t if NEVER_CAST.search(n) else t.to(dtype) for n, t in small_weights().items()}
+    assert sum(t.dtype == dtype for t in expected.values()) > len(expected) / 2
+    assert_holds(tmp_path / "out", expected)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == name
+
+
+@pytest.mark.parametrize("name", [NAME, "norm.running_var"])  # the latter is cast at loading, not here
+def test_values_out_of_range_of_the_dtype_are_named(tmp_path, name):
+    path = save(tmp_path / "a.pth", {"state_dict": _changed(name, _with_value(1e6))})
+    converted(path, tmp_path / "bfloat16", "--dtype", "bfloat16")
+    arguments = (path, tmp_path / "float16", "--dtype", "float16")
+    assert_fails_and_leaves_nothing(tmp_path / "float16", [name, "torch.float16"], *arguments)
+
+
+def test_weights_stay_in_the_sources_half_precision(tmp_path):
+    weights = {n: t if NEVER_CAST.search(n) else t.bfloat16() for n, t in small_weights().items()}
+    converted(save(tmp_path / "a.pth", {"state_dict": weights}), tmp_path / "out")
+    assert_holds(tmp_path / "out", weights)
+
+
+def test_verification_finds_a_changed_byte(checkpoint, tmp_path, monkeypatch):
+    original = convert_checkpoint.write_rest
+
+    def write_and_flip(folder, plan, written):
+        original(folder, plan, written)
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-5] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+
+    monkeypatch.setattr(convert_checkpoint, "write_rest", write_and_flip)
+    assert_fails_and_leaves_nothing(
+        tmp_path / "out", ["loaded back", "not what was read"], checkpoint, tmp_path / "out"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_complete_and_its_card_runs(checkpoint, tmp_path):
+    out = tmp_path / "MambaVision-Small"
+    run = converted(checkpoint, out)
+    assert re.fullmatch(
+        rf"wrote {out}: {SMALL_NAME}, image-classification, [\d.]+ MB in \d+ s, {len(small_weights())} tensors,"
+        r" all of them equal bit for bit when loaded back, outputs finite\n",
+        run.out,
+    )
+    assert {path.name for path in out.iterdir()} == FILES
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["MambaVisionModelForImageClassification"]
+    assert config["auto_map"]["AutoModelForImageClassification"] == (
+        "modeling_mambavision.MambaVisionModelForImageClassification"
+    )
+    report = json.loads((out / "conversion.json").read_text())
+    assert report["source"]["files"] == [
+        {
+            "name": checkpoint.name,
+            "bytes": checkpoint.stat().st_size,
+            "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        }
+    ]
+    count = len(small_weights())
+    assert report["tensors"] == {"source": count, "converted": count, "left_out": 0}
+    assert report["variant"] == SMALL_NAME and report["converter"].split()[1]
+    assert report["verification"]["tensors_equal_bit_for_bit"] == count
+
+    card = ModelCard((out / "README.md").read_text())
+    assert (card.data.license, card.data.license_link) == ("other", "LICENSE")
+    assert "nvidia-source-code-license-nc" in card.data.license_name and "cc-by-nc-sa-4.0" in card.data.license_name
+    assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
+    assert "| ImageNet-1K top-1 (%) | 12.3 |" in card.text and "Published by NVIDIA" in card.text
+    for text in ("Nvidia Source Code License-NC", "CC-BY-NC-SA-4.0", "Apache License"):
+        assert text in (out / "LICENSE").read_text()
+
+    Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "photo.jpg")
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    done = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{snippet}")
+    assert done.stdout.strip() in {f"LABEL_{i}" for i in range(5)}
+
+
+def test_published_data_are_complete():
+    """What the cards say and what is recognised covers all that is published, and nothing else."""
+    published = plan_module.PUBLISHED["classification"]
+    assert published.keys() == VARIANTS.keys()
+    for name in SHAPES:
+        assert published[name]["checkpoint_file"].endswith(".pth.tar") and published[name]["top1"] > 80
+    assert len(plan_module.DENSE) == 7 and all(model["backbone"] in VARIANTS for model in plan_module.DENSE.values())
+
+
+def test_shards_above_the_size(checkpoint, tmp_path):
+    converted(checkpoint, tmp_path / "out", "--max-shard-size", "500KB")
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 1 and all(shard.stat().st_size < 540e3 for shard in shards)
+    assert_holds(tmp_path / "out", small_weights())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in small_weights().values())
+    arguments = (checkpoint, tmp_path / "no", "--max-shard-size", "big")
+    assert_fails_and_leaves_nothing(tmp_path / "no", ["--max-shard-size big"], *arguments)
+
+
+CONVERT_SMALL = f"""
+import sys, types
+package = types.ModuleType("repository")
+package.__path__ = [{str(ROOT)!r}]
+sys.modules["repository"] = package
+from repository import convert_checkpoint
+from repository.configuration_mambavision import VARIANTS
+from repository.conversion.plan import PUBLISHED
+VARIANTS[{SMALL_NAME!r}] = {SMALL_VARIANT!r}
+PUBLISHED["classification"][{SMALL_NAME!r}] = {{"top1": 12.3}}
+"""
+
+
+def test_converts_under_older_transformers(older_transformers, checkpoint, tmp_path):
+    code = CONVERT_SMALL + "assert not convert_checkpoint.main(sys.argv[1:])"
+    run_python(code, checkpoint, tmp_path / "old", "--dtype", "float16", overlay=older_transformers)
+    converted(checkpoint, tmp_path / "new", "--dtype", "float16")
+    old, new = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("old", "new"))
+    fields = [*SMALL_VARIANT, "id2label", "torch_dtype", "auto_map", "mean", "crop_mode"]
+    assert {name: old[name] for name in fields} == {name: new[name] for name in fields}
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("old", "new")]
+    assert weights[0] == weights[1]
+    reload = """
+import sys, torch
+from transformers import AutoModelForImageClassification
+model = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True, torch_dtype="auto")
+print(model.dtype, model(torch.ones(1, 3, 64, 64)).logits.isfinite().all().item())
+"""
+    assert run_python(reload, tmp_path / "new", overlay=older_transformers).stdout.split() == ["torch.float16", "True"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hostile and broken sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Unpickling an instance calls the function."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def _malicious(path: Path, where: str, call: Runs, **options) -> Path:
+    content = training_state(small_weights())
+    if where == "weights":
+        content["state_dict"][NAME] = call
+    elif where == "arguments":
+        content["args"].hook = call
+    else:
+        content = call
+    return save(path, content, **options)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("where", ["weights", "arguments", "everything"])
+def test_a_pickle_runs_no_code(tmp_path, where, legacy):
+    marker = tmp_path / "marker"
+    options = {"_use_new_zipfile_serialization": not legacy}
+    for call, word in (
+        (Runs(os.system, f"touch {marker}"), "posix.system"),
+        (Runs(exec, f"open({str(marker)!r}, 'w')"), "builtins.exec"),
+        (Runs(Path.touch, marker), "getattr" if where == "everything" else ""),
+    ):
+        path = _malicious(tmp_path / "a.pth.tar", where, call, **options)
+        run = convert(path, tmp_path / "out")
+        assert not marker.exists()
+        if word != "":
+            assert_error(run, "a.pth.tar")
+        path.unlink()
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    raw = tmp_path / "raw.pth"
+    raw.write_bytes(pickle.dumps(Runs(os.system, f"touch {marker}")))
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["raw.pth"], raw, tmp_path / "out")
+    assert not marker.exists()
+
+
+def _bytes_of(checkpoint: Path, part: slice) -> bytes:
+    return checkpoint.read_bytes()[part]
+
+
+def test_torch_loads_afterwards_what_it_loaded_before(checkpoint, tmp_path):
+    """A checkpoint of the Trainer holds NumPy's random state, which the converter reads as stand-ins."""
+    torch.save({"state": np.random.default_rng(0).bit_generator.state["state"], "array": np.zeros(3)}, tmp_path / "rng")
+    with torch.serialization.safe_globals(
+        [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+    ):
+        converted(checkpoint, tmp_path / "out")
+        assert (torch.load(tmp_path / "rng")["array"] == 0).all()
+
+
+@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+@pytest.mark.parametrize("fraction", [0.0, 0.0001, 0.01, 0.5, 0.999])
+def test_truncated_files(tmp_path, suffix, fraction):
+    whole = tmp_path / "whole"
+    if suffix == ".safetensors":
+        save_file(small_weights(), whole)
+    else:
+        save(whole, training_state(small_weights()))
+    data = whole.read_bytes()
+    path = tmp_path / f"cut{suffix}"
+    path.write_bytes(data[: int(len(data) * fraction)])
+    assert_fails_and_leaves_nothing(tmp_path / "out", [path.name], path, tmp_path / "out")
+
+
+def test_a_truncated_legacy_file(tmp_path):
+    path = save(tmp_path / "a.pth", training_state(small_weights()), _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["a.pth"], path, tmp_path / "out")
+
+
+FOREIGN = {
+    "text": lambda path: path.write_text("hello"),
+    "picture": lambda path: Image.new("RGB", (9, 9)).save(path, format="png"),
+    "zeros": lambda path: path.write_bytes(bytes(10_000)),
+    "zip of something": lambda path: _zip(path, {"a.txt": b"hello"}),
+    "zip with a false pickle": lambda path: _zip(path, {"archive/data.pkl": b"hello", "archive/version": b"3\n"}),
+    "another model": lambda path: torch.save(torch.nn.Linear(3, 3).state_dict(), path),
+    "a list": lambda path: torch.save([torch.ones(3)], path),
+    "a tensor": lambda path: torch.save(torch.ones(3), path),
+    "no weights": lambda path: torch.save({"epoch": 3}, path),
+    "no tensors": lambda path: torch.save({"state_dict": {}}, path),
+    "only names": lambda path: torch.save({"state_dict": dict.fromkeys(small_weights())}, path),
+    "flat stem": lambda path: torch.save({f"patch_embed.conv_down.{i}.weight": torch.ones(3) for i in (0, 3)}, path),
+}
+
+
+def _zip(path: Path, entries: dict, compression=zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("suffix", [".pth.tar", ".safetensors"])
+def test_foreign_files(tmp_path, kind, suffix):
+    path = tmp_path / f"a{suffix}"
+    with path.open("wb"):
+        FOREIGN[kind](path)
+    assert_fails_and_leaves_nothing(tmp_path / "out", [path.name], path, tmp_path / "out")
+
+
+def test_zip_bombs(tmp_path):
+    path = save(tmp_path / "a.pth", {"state_dict": small_weights()})
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in entries if name.endswith("data.pkl"))
+    bomb = {**entries, pickled: entries[pickled] + bytes(2**28)}  # 256 MiB of zeros in 256 KiB
+    _zip(tmp_path / "compressed.pth", bomb, zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "compressed.pth").stat().st_size < 2**23
+    arguments = (tmp_path / "compressed.pth", tmp_path / "out")
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["unpacks to", "MB"], *arguments)
+
+    # the directory names one stored entry many times
+    data = path.read_bytes()
+    end = data.rindex(b"PK\x05\x06")
+    length, start = struct.unpack("<II", data[end + 12 : end + 20])
+    directory = data[start : start + length] * 50
+    count = struct.unpack("<H", data[end + 10 : end + 12])[0] * 50
+    tail = bytearray(data[end:])
+    tail[8:20] = struct.pack("<HHII", count, count, len(directory), start)
+    (tmp_path / "overlapping.pth").write_bytes(data[:start] + directory + tail)
+    arguments = (tmp_path / "overlapping.pth", tmp_path / "out")
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["overlapping.pth"], *arguments)
+
+
+def test_a_storage_that_claims_more_than_is_there(tmp_path):
+    weights = small_weights()
+    path = save(tmp_path / "a.pth", {"state_dict": weights})
+    data = path.read_bytes()
+    numel = weights["head.weight"].numel()
+    small, large = b"K\x05K\x80\x86", b"M\xff\xffM\xff\xff\x86"  # the shape (5, 128) in the pickle, and a larger one
+    assert data.count(small) >= 1 and numel == 640
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in entries if name.endswith("data.pkl"))
+    entries[pickled] = entries[pickled].replace(small, large)
+    _zip(path, entries)
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["a.pth"], path, tmp_path / "out")
+
+
+def test_a_safetensors_header_that_lies(tmp_path):
+    path = _save_file(tmp_path / "a.safetensors", small_weights())
+    data = path.read_bytes()
+    for header in (struct.pack("<Q", 2**62), struct.pack("<Q", 10**8), struct.pack("<Q", 3)):
+        path.write_bytes(header + data[8:])
+        assert_fails_and_leaves_nothing(tmp_path / "out", ["a.safetensors"], path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.safetensors", "sub/secret.safetensors", "ABSOLUTE", "missing.safetensors", "..", "config.json", 7],
+)
+def test_a_shard_index_cannot_leave_its_folder(tmp_path, name):
+    folder = tmp_path / "source"
+    (folder / "sub").mkdir(parents=True)
+    for secret in (tmp_path / "secret.safetensors", folder / "sub" / "secret.safetensors"):
+        _save_file(secret, small_weights())
+    (folder / "config.json").write_text("{}")
+    name = str(tmp_path / "secret.safetensors") if name == "ABSOLUTE" else name
+    index = {"weight_map": {"head.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    words = ["model.safetensors.index.json", str(name), "same folder"]
+    assert_fails_and_leaves_nothing(tmp_path / "out", words, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"weight_map": {}}', '{"weight_map": 3}', "[" * 200_000, "\x00\xff"])
+def test_a_broken_shard_index(tmp_path, text):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["index.json"], folder, tmp_path / "out")
+
+
+def test_a_tensor_in_two_shards(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    _save_shards(folder, small_weights())
+    first, second = sorted(folder.glob("*.safetensors"))
+    save_file({**load_file(first), **load_file(second)}, second)
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["in another file"], folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("[" * 200_000, ["config.json"]),
+        ('{"model_type": "mambavision", "window_size": [8, 8, 1000000, 7]}', ["larger than any"]),
+        ('{"model_type": "mambavision", "window_size": "a"}', ["window_size"]),
+        ('{"model_type": "mambavision", "resolution": -3}', ["resolution"]),
+        ('{"model_type": "mambavision", "crop_pct": 1e-320}', ["larger than any"]),
+        ('{"model_type": "mambavision", "std": [0, 0, 0]}', ["std"]),
+        ('{"model_type": "mambavision", "interpolation": ["x"]}', ["config.json"]),
+    ],
+)
+def test_hostile_settings_beside_the_weights(tmp_path, config, words):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    _save_file(folder / "model.safetensors", small_weights())
+    (folder / "config.json").write_text(config)
+    assert_fails_and_leaves_nothing(tmp_path / "out", words, folder, tmp_path / "out")
+
+
+def test_names_cannot_reach_the_terminal(tmp_path):
+    path = save(tmp_path / "a.pth", {"state_dict": {**small_weights(), "x\x1b[2J\nerror: all is well": torch.ones(1)}})
+    run = convert(path, tmp_path / "out")
+    assert_error(run, "x?[2J error: all is well")
+    assert "\x1b" not in run.err
+
+
+def test_a_source_that_changes_meanwhile(checkpoint, tmp_path, monkeypatch):
+    original = convert_checkpoint.write_rest
+
+    def write_and_replace(folder, plan, written):
+        original(folder, plan, written)
+        save(tmp_path / "next", {"state_dict": small_weights(1)}).rename(checkpoint)  # as timm saves
+
+    monkeypatch.setattr(convert_checkpoint, "write_rest", write_and_replace)
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["changed while"], checkpoint, tmp_path / "out")
+
+
+def test_code_beside_the_weights_does_not_run(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    _save_file(folder / "model.safetensors", small_weights())
+    config = {"model_type": "mambavision", "auto_map": {"AutoConfig": "configuration_mambavision.MambaVisionConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("configuration_mambavision.py", "modeling_mambavision.py"):
+        (folder / name).write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    converted(folder, tmp_path / "out")
+    assert not (tmp_path / "marker").exists()
+    assert (tmp_path / "out" / "modeling_mambavision.py").read_bytes() == (
+        (ROOT / "modeling_mambavision.py").read_bytes()
+    )
+
+
+def test_sources_that_are_none(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in ("a.pth", "b.pth"):
+        save(tmp_path / "two" / name, {})
+    os.mkfifo(tmp_path / "fifo")
+    for source, words in (
+        (tmp_path / "missing.pth.tar", ["neither a file"]),
+        ("no-such-thing", ["neither a file"]),
+        ("../../etc", ["must hold one checkpoint"] if Path("../../etc").is_dir() else ["neither a file"]),
+        (tmp_path / "empty", ["holds none"]),
+        (tmp_path / "two", ["a.pth, b.pth"]),
+        (tmp_path / "fifo", ["neither a file"]),
+        ("/dev/zero", ["neither a file"]),
+    ):
+        assert_fails_and_leaves_nothing(tmp_path / "out", words, source, tmp_path / "out")
+
+
+def test_wrong_arguments(checkpoint, tmp_path):
+    both = ("--no-verify", "--verify-against-official")
+    assert_error(convert(checkpoint, tmp_path / "out", *both), "exclude each other")
+    assert_error(convert(checkpoint, tmp_path / "out", "--private"), "--push-to-hub")
+    assert_error(convert(checkpoint, tmp_path / "out", "--backbone-only"), "dense-prediction")
+    assert_error(convert(checkpoint), "output")
+    assert_error(convert(checkpoint, tmp_path / "out", "--dtype", "int8"), "int8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The target
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_target_is_replaced_on_request_only(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    converted(checkpoint, out)
+    (out / "note.txt").write_text("mine")
+    assert_fails_and_leaves_nothing(out, ["exists", "--overwrite"], checkpoint, out)
+    assert (out / "note.txt").exists()
+    other = save(tmp_path / "other.pth", {"state_dict": small_weights(1)})
+    broken = save(tmp_path / "broken.pth", {"state_dict": {}})
+    assert_fails_and_leaves_nothing(out, ["broken.pth"], broken, out, "--overwrite")
+    assert_holds(out, small_weights())
+    converted(other, out, "--overwrite")
+    assert_holds(out, small_weights(1))
+    assert not (out / "note.txt").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_only_a_models_folder_is_ever_replaced(checkpoint, tmp_path):
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("documents", "file"):
+        arguments = (checkpoint, tmp_path / name, "--overwrite")
+        assert_fails_and_leaves_nothing(tmp_path / name, [name, "not a model's folder"], *arguments)
+    assert (tmp_path / "documents" / "thesis.txt").exists()
+    out = checkpoint.parent
+    (out / "config.json").write_text("{}")
+    for source in (checkpoint, out):
+        assert_fails_and_leaves_nothing(out, ["lies in"], source, out, "--overwrite")
+
+
+def test_a_link_keeps_pointing_at_the_new_folder(checkpoint, tmp_path):
+    converted(checkpoint, tmp_path / "real")
+    (tmp_path / "link").symlink_to("real")
+    other = save(tmp_path / "other.pth", {"state_dict": small_weights(1)})
+    converted(other, tmp_path / "link", "--overwrite")
+    assert (tmp_path / "link").is_symlink()
+    assert_holds(tmp_path / "real", small_weights(1))
+
+
+def test_a_planted_link_in_the_workshops_place_is_not_followed(checkpoint, tmp_path):
+    (tmp_path / "victim" / "mambavision").mkdir(parents=True)
+    (tmp_path / "victim" / "mambavision" / "precious").touch()
+    (tmp_path / ".out.partial").symlink_to("victim")
+    assert_error(convert(checkpoint, tmp_path / "out"))
+    assert (tmp_path / "victim" / "mambavision" / "precious").exists() and not (tmp_path / "out").exists()
+
+
+def test_targets_that_cannot_be_written(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_fails_and_leaves_nothing(tmp_path / "x", ["file"], checkpoint, tmp_path / "file" / "out")
+    assert_error(convert(checkpoint, "/proc/out"), "/proc")
+    assert_error(convert(checkpoint, tmp_path / ("x" * 300)), "name too long")
+    if os.geteuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert_error(convert(checkpoint, tmp_path / "closed" / "out"), "closed")
+
+
+def test_missing_parents_are_made_and_unmade(checkpoint, tmp_path):
+    broken = save(tmp_path / "broken.pth", {"state_dict": {}})
+    assert_fails_and_leaves_nothing(tmp_path / "a", ["broken.pth"], broken, tmp_path / "a" / "b" / "out")
+    converted(checkpoint, tmp_path / "a" / "b" / "out")
+    assert_holds(tmp_path / "a" / "b" / "out", small_weights())
+
+
+def test_two_runs_to_one_target_exclude_each_other(checkpoint, tmp_path):
+    from repository.conversion.workshop import Workshop
+
+    with Workshop(tmp_path / "out", overwrite=False) as workshop:
+        assert_error(convert(checkpoint, tmp_path / "out"), "another conversion", "running")
+        assert workshop.new.is_dir()
+    converted(checkpoint, tmp_path / "out")
+
+
+# Forks from a process that has imported everything, so that a run takes a fraction of a second. argv: source, work
+# folder, whether folders can be exchanged. Every line printed is one kill.
+KILLS = (
+    CONVERT_SMALL
+    + """
+import os, random, shutil, signal, time
+from pathlib import Path
+from repository.conversion import workshop
+
+source, other, work, atomic = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "exchange"
+if not atomic:
+    workshop.exchange = lambda a, b: False
+sys.stderr = open(os.devnull, "w")
+
+
+def start(arguments, trace=None):
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr
+        sys.settrace(trace)
+        os._exit(convert_checkpoint.main([str(argument) for argument in arguments]))
+    return child
+
+
+def content(folder):
+    # the report and the card tell whether the folder was verified
+    return {path.name: path.name in ("conversion.json", "README.md") or path.read_bytes() for path in folder.iterdir()}
+
+
+def state(folder):
+    if not folder.exists():
+        return "absent"
+    return next((name for name, whole in known.items() if whole == content(folder)), "half")
+
+
+known = {}
+for name, path in (("old", source), ("new", other)):
+    assert not convert_checkpoint.main([path, str(work / "out"), "--overwrite"])
+    known[name] = content(work / "out")
+    shutil.copytree(work / "out", work / name)
+shutil.rmtree(work / "out")
+
+
+def prepare(existing):
+    shutil.rmtree(work / "out", ignore_errors=True)
+    if existing:
+        shutil.copytree(work / "old", work / "out")
+
+
+def recovered():
+    # the next run, which may not overwrite, finds the target as it should be and clears up
+    code = os.waitpid(start([other, work / "out", "--no-verify"]), 0)[1]
+    return state(work / "out"), sorted(path.name for path in work.iterdir())
+
+
+if sys.argv[5] == "moments":
+    prepare(True)
+    begin = time.monotonic()
+    os.waitpid(start([other, work / "out", "--overwrite"]), 0)
+    duration = time.monotonic() - begin
+    for i in range(20):
+        existing = i % 2 == 0
+        prepare(existing)
+        child = start([other, work / "out", "--overwrite"])
+        time.sleep(duration * random.uniform(0, 1.05))
+        os.kill(child, signal.SIGKILL)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        print(existing, killed, state(work / "out"), *recovered())
+else:
+    for existing in (True, False):
+        line = 0
+        while True:
+            line += 1
+            prepare(existing)
+            left = line
+
+            def trace(frame, event, argument):
+                global left
+                if not frame.f_code.co_filename.endswith("workshop.py"):
+                    return None
+                if event == "line":
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                return trace
+
+            killed = os.WIFSIGNALED(os.waitpid(start([other, work / "out", "--no-verify", "--overwrite"], trace), 0)[1])
+            print(existing, killed, state(work / "out"), *recovered())
+            if not killed:
+                break
+"""
+)
+
+
+def _kills(tmp_path, checkpoint, exchange: str, when: str) -> list[tuple[str, str, str, str]]:
+    other = save(checkpoint.parent / "other.pth", {"state_dict": small_weights(1)})
+    (tmp_path / "work").mkdir()
+    # of a copy of the repository: the folders are compared byte for byte, whatever is edited meanwhile
+    only_converter = shutil.ignore_patterns(".*", "tests", "examples", "benchmarks", "demo", "*.safetensors")
+    shutil.copytree(ROOT, tmp_path / "repository", ignore=only_converter)
+    code = KILLS.replace(repr(str(ROOT)), repr(str(tmp_path / "repository")))
+    done = run_python(code, checkpoint, other, tmp_path / "work", exchange, when, OMP_NUM_THREADS="1")
+    kills = [line.split(" ", 4) for line in done.stdout.splitlines() if not line.startswith("wrote ")]
+    for existing, _, before, after, left in kills:
+        allowed = {"old", "new"} if existing == "True" else {"absent", "new"}
+        if exchange != "exchange" and existing == "True":
+            allowed.add("absent")  # between two renames; the next run puts the old folder back
+        assert before in allowed
+        assert after in ({"old", "new"} if existing == "True" else {"new"})
+        assert left == "['new', 'old', 'out']"  # nothing lies beside the target
+    return kills
+
+
+def test_killed_at_twenty_random_moments(tmp_path, checkpoint):
+    kills = _kills(tmp_path, checkpoint, "exchange", "moments")
+    assert len(kills) == 20 and sum(killed == "True" for _, killed, *_ in kills) >= 10
+
+
+@pytest.mark.parametrize("exchange", ["exchange", "two renames"])
+def test_killed_at_every_line_of_publishing(tmp_path, checkpoint, exchange):
+    kills = _kills(tmp_path, checkpoint, exchange, "lines")
+    assert len(kills) > 40
+    states = {(existing, before) for existing, _, before, *_ in kills}
+    assert {("True", "old"), ("True", "new"), ("False", "absent"), ("False", "new")} <= states
+
+
+FULL_DISK = (
+    CONVERT_SMALL
+    + """
+import os, resource
+from pathlib import Path
+work, limit = Path(sys.argv[2]), int(sys.argv[3])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+code = convert_checkpoint.main([sys.argv[1], str(work / "out"), "--no-verify"])
+assert code == 1, code
+assert not list(work.iterdir()), list(work.iterdir())
+"""
+)
+
+
+def test_full_disk(tmp_path, checkpoint):
+    """A limit on the size of files stands for a full disk everywhere; where mounting is permitted, a small disk too."""
+    (tmp_path / "work").mkdir()
+    for limit in (1000, 200_000):
+        done = run_python(FULL_DISK, checkpoint, tmp_path / "work", limit)
+        assert re.fullmatch(r"error: .*File too large.*", done.stderr.splitlines()[-1])
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = (
+        shutil.which("mount")
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    )
+    if mounted:
+        try:
+            done = run_python(FULL_DISK, checkpoint, disk, 0)
+            assert re.fullmatch(r"error: .*No space left on device.*", done.stderr.splitlines()[-1])
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_terminated_it_clears_up(tmp_path, checkpoint):
+    """SIGTERM to the real command, while it writes: an error, and nothing left."""
+    big = save(tmp_path / "mambavision_tiny_1k.pth.tar", {"state_dict": published_weights("MambaVision-T-1K")})
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, str(ROOT / "convert_checkpoint.py"), str(big), str(tmp_path / "work" / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "work" / ".out.partial" / "mambavision").exists():
+        pass
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.splitlines()[-1] == "error: terminated"
+    assert not list((tmp_path / "work").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEMORY = (
+    CONVERT_SMALL
+    + """
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+small, large, work, *options = sys.argv[1:]
+assert not convert_checkpoint.main([small, work + "/small", *options])  # brings in what libraries load late
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts anew
+before = peak()
+assert not convert_checkpoint.main([large, work + "/large", *options])
+print("peak", before, peak())
+"""
+)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16"]])
+def test_peak_memory(tmp_path, checkpoint, options):
+    """At most 1.3 times the checkpoint beyond what the interpreter and the libraries take."""
+    large = save(tmp_path / "mambavision_base_1k.pth.tar", {"state_dict": published_weights("MambaVision-B-1K")})
+    done = run_python(MEMORY, checkpoint, large, tmp_path, *options)
+    before, after = map(int, done.stdout.split()[-2:])
+    ratio = (after - before) / large.stat().st_size
+    print(f"peak {ratio:.2f} times the checkpoint's {large.stat().st_size / 1e6:.0f} MB")
+    shutil.rmtree(tmp_path)
+    assert 0.5 < ratio < 1.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub():
+    """A Hub of one repository: what huggingface_hub asks when it downloads a snapshot and when it uploads a folder."""
+    state = types.SimpleNamespace(files={}, uploaded={}, created=None)
+    commit = "0" * 40
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, body: bytes, code=200, **headers):
+            self.send_response(code)
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def answer_json(self, value, code=200):
+            self.answer(json.dumps(value).encode(), code)
+
+        def do_GET(self):
+            if "/api/models/nvidia/MambaVision-Small-1K" in self.path:
+                siblings = [{"rfilename": name} for name in state.files]
+                tree = [{"type": "file", "path": n, "size": len(d), "oid": "1"} for n, d in state.files.items()]
+                self.answer_json(
+                    tree if "/tree/" in self.path else {"id": "nvidia/x", "sha": commit, "siblings": siblings}
+                )
+            elif "/resolve/" in self.path and (name := self.path.rsplit("/", 1)[1]) in state.files:
+                etag = hashlib.sha256(state.files[name]).hexdigest()
+                self.answer(state.files[name], **{"X-Repo-Commit": commit, "ETag": f'"{etag}"'})
+            else:
+                self.answer_json({"error": "not found"}, 404)
+
+        do_HEAD = do_GET
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            base = f"http://127.0.0.1:{self.server.server_port}"
+            if self.path.startswith("/api/repos/create"):
+                state.created = json.loads(body)
+                self.answer_json({"url": f"{base}/me/converted", "name": "me/converted", "id": "me/converted"})
+            elif "/preupload/" in self.path:
+                files = [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in json.loads(body)["files"]
+                ]
+                self.answer_json({"files": files})
+            elif "/commit/" in self.path:
+                import base64
+
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        state.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                self.answer_json({"success": True, "commitOid": commit, "commitUrl": f"{base}/me/converted/commit/0"})
+            else:
+                self.answer_json({})
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    yield state
+    server.shutdown()
+
+
+def test_from_the_hub_and_back(hub, tmp_path):
+    """A Hub id is downloaded into the cache, found there offline, converted, and uploaded."""
+    _save_file(tmp_path / "model.safetensors", _prefixed(small_weights(), "model."))
+    hub.files = {
+        "model.safetensors": (tmp_path / "model.safetensors").read_bytes(),
+        "config.json": b'{"model_type": "mambavision"}',
+        "huge_unused.bin": b"never asked for",
+    }
+    code = CONVERT_SMALL + "sys.exit(convert_checkpoint.main(sys.argv[1:]))"
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    push = ["--push-to-hub", "me/converted", "--private"]
+    source = "nvidia/MambaVision-Small-1K"
+    done = run_python(code, source, tmp_path / "out", *push, HF_TOKEN="hf_secret", **online)
+    assert done.stdout.splitlines()[-1] == f"{hub.url}/me/converted"
+    assert_holds(tmp_path / "out", small_weights())
+    assert hub.created["name"] == "converted" and "private" in (
+        hub.created.get("visibility"),
+        *(key for key, value in hub.created.items() if value is True),
+    )
+    assert hub.uploaded == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert '"me/converted"' in (tmp_path / "out" / "README.md").read_text()
+    assert "hf_secret" not in (tmp_path / "out" / "conversion.json").read_text() + done.stdout + done.stderr
+    assert not list((tmp_path / "home").rglob("huge_unused.bin"))
+
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    run_python(code, source, tmp_path / "again", **offline)
+    assert_holds(tmp_path / "again", small_weights())
+
+
+def test_a_hub_id_that_cannot_be_had(tmp_path):
+    arguments = ("nvidia/MambaVision-T-1K", tmp_path / "out")  # offline, and not in the cache
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["nvidia/MambaVision-T-1K", "the Hub"], *arguments)
+
+
+def test_pushing_without_a_token_says_how_to_log_in_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    arguments = ("no-such-file.pth", tmp_path / "out", "--push-to-hub", "me/converted")
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["hf auth login", "HF_TOKEN"], *arguments)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    arguments = ("no-such-file.pth", tmp_path / "out", "--push-to-hub", "not/a/name")
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["not/a/name"], *arguments)
+
+
+def test_a_failed_upload_keeps_the_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_x")  # and the process is offline
+    assert_error(convert(checkpoint, tmp_path / "out", "--push-to-hub", "me/converted"), "written", "upload failed")
+    assert_holds(tmp_path / "out", small_weights())

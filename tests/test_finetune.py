@@ -1,0 +1,581 @@
+"""examples/finetune.py: what it trains, that a killed training goes on exactly, several processes, and wrong input."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FIXTURES, ROOT, SMALL
+from PIL import Image
+from repository.modeling_mambavision import MambaVisionModelForImageClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import augmentation  # noqa: E402
+import data  # noqa: E402
+import digits  # noqa: E402
+import evaluate  # noqa: E402
+import finetune  # noqa: E402
+import recipe as recipes  # noqa: E402
+import training  # noqa: E402
+import variants  # noqa: E402
+
+
+# A model of 0.1 M parameters with both mixers, and everything random that a recipe can have
+TINY = dict(dim=8, in_dim=8, depths=[1, 1, 2, 2], num_heads=[1, 1, 2, 2], window_size=[4, 4, 4, 2], resolution=32)
+RECIPE = {
+    "validation": 0.2,
+    "model": {**TINY, "drop_path_rate": 0.2},
+    "augmentation": {
+        "shift": 0.1,
+        "rescale": [0.8, 1.2],
+        "flip": 0.5,
+        "randaugment": "rand-m6-mstd0.5",
+        "colour": {},
+        "invert": 0.5,
+        "erase": 0.3,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "mix_probability": 0.7,
+    },
+    "label_smoothing": 0.1,
+    "ema": 0.9,
+    "layer_decay": 0.8,
+    "training": {"max_steps": 13, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def fashion(tmp_path_factory) -> Path:
+    """A hundred images in the place of Fashion-MNIST's training images."""
+    folder = tmp_path_factory.mktemp("fashion")
+    for file in (FIXTURES / "fashion-mnist").glob("t10k-*"):
+        shutil.copy(file, folder / file.name.replace("t10k", "train"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "digits"
+    digits.main([str(folder)])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def spoken():
+    """Undoes what the commands do to their process: they silence the libraries."""
+    level, places = logging.root.manager.disable, os.environ.get("TENSORBOARD_LOGGING_DIR")
+    with warnings.catch_warnings():
+        yield
+    logging.disable(level)
+    if places is None:
+        os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
+
+
+@pytest.fixture
+def command():
+    """finetune.py's main() in this process."""
+    return lambda *arguments: finetune.main([str(argument) for argument in arguments])
+
+
+def start(*arguments, launcher=(sys.executable,), threads: int = 1) -> subprocess.Popen:
+    command = [*launcher, EXAMPLES / "finetune.py", *arguments]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait(process: subprocess.Popen) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out, err
+
+
+def recipe_file(folder: Path, **changes) -> Path:
+    (folder / "recipe.in.json").write_text(json.dumps({**RECIPE, **changes}))
+    return folder / "recipe.in.json"
+
+
+def log(output: Path, key: str) -> list[float]:
+    return [entry[key] for entry in json.loads((output / "log.json").read_text()) if key in entry]
+
+
+def test_digits_from_the_default_model(digits_folder, tmp_path):
+    """The documented example, in fewer epochs."""
+    output = tmp_path / "trained"
+    process = start(output, "--data", digits_folder, "--recipe", EXAMPLES / "recipes" / "digits.json",
+                    "--set", "training.num_train_epochs=4", "--set", "training.warmup_steps=30", threads=2)  # fmt: skip
+    out, err = wait(process)
+    assert out.splitlines()[-1] == f"trained: {output}" and "100%" in err  # the progress bar
+
+    evaluate.main([str(digits_folder), str(tmp_path / "results.json"), "--model", str(output)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["count"] == 359 and results["accuracy"] >= 0.97
+    assert log(output, "eval_accuracy")[-1] == pytest.approx(results["accuracy"], abs=0.003)
+    assert [row["label"] for row in results["classes"]] == list("0123456789")
+
+    with Image.open(output / "curves.png") as curves:
+        curves.load()
+        assert min(curves.size) > 300
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "runs"))
+    events.Reload()
+    assert {"train/loss", "train/learning_rate", "eval/accuracy"} <= set(events.Tags()["scalars"])
+    values = [event.value for event in events.Scalars("eval/accuracy")]
+    assert values == pytest.approx(log(output, "eval_accuracy"))
+
+
+def test_linear_probe_and_lora(digits_folder, tmp_path, command):
+    settings = ["--data", digits_folder, "--set", "training.max_steps=12", "--set", "training.logging_steps=4"]
+    settings += ["--set", "training.learning_rate=0.01", "--set", "validation=0", "--set", "ema=0.5"]
+    before = load_file(ROOT / "model.safetensors")
+    changed = {}
+    for name, option in (("probe", ["--freeze-backbone"]), ("lora", ["--lora", "4"])):
+        command(tmp_path / name, *settings, *option)
+        assert log(tmp_path / name, "loss")[-1] < log(tmp_path / name, "loss")[0]
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / name, trust_remote_code=True)
+        assert model.config.id2label[7] == "7"
+        after = model.state_dict()
+        assert after.keys() == before.keys()  # the additions are part of the weights
+        changed[name] = {key for key in before if not torch.equal(before[key], after[key])}
+    head = {"model.head.weight", "model.head.bias"}
+    assert changed["probe"] == head  # and no statistic of a BatchNorm
+    linear = {f"model.{n}.weight" for n, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert changed["lora"] == linear | head
+
+
+def test_killed_training_goes_on_to_the_same_weights(fashion, tmp_path):
+    arguments = ["--data", fashion, "--recipe", recipe_file(tmp_path), "--set", "training.save_strategy=steps",
+                 "--set", "training.save_steps=3", "--set", "training.gradient_accumulation_steps=2"]  # fmt: skip
+    whole = start(tmp_path / "whole", *arguments)
+    killed = start(tmp_path / "killed", *arguments)  # 5 steps in an epoch: step 6 is the first of the second
+    while not (tmp_path / "killed" / "checkpoint-6" / "trainer_state.json").exists():
+        assert killed.poll() is None, killed.communicate()[1][-3000:]
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    killed.communicate()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    wait(whole)
+    # a checkpoint that the kill cut off is not gone on from
+    (tmp_path / "killed" / "checkpoint-12").mkdir(exist_ok=True)
+    (tmp_path / "killed" / "checkpoint-12" / "trainer_state.json").write_text('{"global_step": 1')
+    wait(start(tmp_path / "killed", *arguments, "--resume"))
+    assert log(tmp_path / "killed", "loss") == log(tmp_path / "whole", "loss")
+    for file in ("model.safetensors", "checkpoint-13/model.safetensors", "checkpoint-13/ema.safetensors"):
+        first, second = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first), file
+    raw = load_file(tmp_path / "whole" / "checkpoint-13" / "model.safetensors")
+    assert any(not torch.equal(load_file(tmp_path / "whole" / "model.safetensors")[name], raw[name]) for name in raw)
+
+
+def test_training_in_pieces_of_time(fashion, tmp_path, command, capsys):
+    arguments = ["--data", fashion, "--recipe", recipe_file(tmp_path), "--set", "training.max_steps=6"]
+    command(tmp_path / "whole", *arguments)
+    command(tmp_path / "pieces", *arguments, "--max-minutes", "1e-9")
+    assert "stopped after step 1 of 6" in capsys.readouterr().out
+    assert not (tmp_path / "pieces" / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="--resume"):
+        command(tmp_path / "pieces", *arguments)
+    command(tmp_path / "pieces", "--data", fashion, "--resume")  # with the same recipe
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    """With BatchNorm over both processes' images. One of the images is broken, and both trainings finish."""
+    images = data.FashionMNIST(FIXTURES / "fashion-mnist", "t10k")
+    for i in range(60):
+        image, label = images[i]
+        folder = tmp_path / "images" / f"{label % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i:02}.png")
+    broken = tmp_path / "images" / "0" / "cut.png"
+    broken.write_bytes((folder / f"{i:02}.png").read_bytes()[:-60])
+    without_mixing = {**RECIPE["augmentation"], "mixup": 0, "cutmix": 0}  # it mixes the images of one process
+    recipe = recipe_file(tmp_path, model={**TINY, "drop_path_rate": 0}, augmentation=without_mixing, validation=0,
+                         sync_batchnorm=True)  # fmt: skip
+    arguments = ["--data", tmp_path / "images", "--recipe", recipe]
+    # on a machine without GPUs too, --multi_gpu is how accelerate is asked for several processes
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                "--main_process_port", str(random.randint(20000, 40000))]  # fmt: skip
+    one = start(tmp_path / "one", *arguments)
+    errors = [wait(one)[1]]
+    half = ["--set", "training.per_device_train_batch_size=4"]
+    errors += [wait(start(tmp_path / "two", *arguments, *half, launcher=launcher))[1]]
+    curves = [log(tmp_path / name, "loss") for name in ("one", "two")]
+    assert len(curves[0]) == 13 and curves[1] == pytest.approx(curves[0], abs=1e-3)
+    assert len(set(curves[0])) == 13
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in first:  # not the convolutions' biases, which a BatchNorm takes away: Adam makes steps of their noise
+        if first[name].ndim > 1 or "running" in name:
+            assert (second[name] - first[name]).norm() < 0.01 * first[name].norm(), name
+    for error, name in zip(errors, ("one", "two"), strict=True):
+        assert error.count(f"skipped: {broken}") == 1
+        assert (tmp_path / name / "unreadable.txt").read_text().count("\n") == 1
+
+
+@pytest.fixture
+def tiny_trainer(fashion, tmp_path, command):
+    def make(**changes):
+        recipe = recipes.read(recipe_file(tmp_path, **changes), [])
+        train, validation = data.training_data(str(fashion), recipe["validation"], recipe["seed"])
+        torch.manual_seed(0)
+        model = finetune.make_model(None, train.classes, recipe)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        return finetune.make_trainer(
+            model, train, validation, recipe, SimpleNamespace(output=tmp_path / "out", max_minutes=None)
+        )
+
+    return make
+
+
+def test_averaged_weights_are_validated_and_saved(tiny_trainer, tmp_path):
+    from transformers import TrainerCallback
+
+    trainer, states = tiny_trainer(), []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, *args, model, **kwargs):
+            states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    assert len(states) == 13
+    expected = states[0]
+    for step, state in enumerate(states[1:], 2):
+        decay = min(0.9, 1 - step ** (-2 / 3))  # grows with the steps up to the recipe's
+        for name, tensor in state.items():
+            floating = tensor.is_floating_point()
+            expected[name] = decay * expected[name] + (1 - decay) * tensor if floating else tensor
+    result = trainer.result.state_dict()
+    for name, tensor in expected.items():  # the statistics of BatchNorm too
+        torch.testing.assert_close(result[name], tensor, rtol=1e-4, atol=1e-6)
+
+    finetune.finish(trainer, tmp_path / "out")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    held_out = [trainer.eval_dataset.dataset[i] for i in range(20)]
+    with torch.no_grad():
+        logits = model(processor([image for image, _ in held_out], return_tensors="pt").pixel_values).logits
+    labels = torch.tensor([label for _, label in held_out])
+    assert log(tmp_path / "out", "eval_loss")[-1] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert log(tmp_path / "out", "eval_accuracy")[-1] == pytest.approx((logits.argmax(-1) == labels).double().mean())
+    assert log(tmp_path / "out", "eval_inverted_accuracy") and log(tmp_path / "out", "eval_coloured_accuracy")
+
+
+def test_parameter_groups(small_config):
+    small_config.layer_scale_conv = 0.5
+    model = MambaVisionModelForImageClassification(small_config)  # depths 1, 1, 3, 2
+    groups = training.parameter_groups(model, 1.0, 0.05, 0.5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    for name, expected in {
+        "patch_embed.conv_down.0.weight": (2**-8, 0.05),
+        "patch_embed.conv_down.1.weight": (2**-8, 0),
+        "levels.0.blocks.0.conv1.weight": (2**-7, 0.05),
+        "levels.0.blocks.0.conv1.bias": (2**-7, 0),
+        "levels.0.blocks.0.gamma": (2**-7, 0),
+        "levels.0.downsample.reduction.0.weight": (2**-7, 0.05),
+        "levels.1.blocks.0.norm2.weight": (2**-6, 0),
+        "levels.2.blocks.0.mixer.A_log": (2**-5, 0),
+        "levels.2.blocks.1.mixer.D": (2**-4, 0),
+        "levels.2.blocks.1.mixer.conv1d_x.weight": (2**-4, 0.05),
+        "levels.2.blocks.2.mixer.qkv.weight": (2**-3, 0.05),
+        "levels.3.blocks.0.mixer.dt_proj.bias": (2**-2, 0),
+        "levels.3.blocks.1.gamma_1": (2**-1, 0),
+        "levels.3.blocks.1.mlp.fc2.weight": (2**-1, 0.05),
+        "norm.weight": (1, 0),
+        "head.weight": (1, 0.05),
+        "head.bias": (1, 0),
+    }.items():
+        assert found[f"model.{name}"] == expected, name
+    assert groups[0]["lr"] == 1.0  # the one that the log names
+    model.requires_grad_(False)
+    model.model.head.requires_grad_(True)
+    groups = training.parameter_groups(model, 1.0, 0.05, 0.5)
+    assert [len(group["params"]) for group in groups] == [1, 1]
+    assert training.frozen_modules(model) == [model.model.patch_embed, *[model.model.levels], model.model.norm]
+
+
+def test_learning_rate_warms_up_and_falls_to_its_minimum(tiny_trainer):
+    trainer = tiny_trainer(training={**RECIPE["training"], "max_steps": 20, "warmup_steps": 4})
+    trainer.create_optimizer_and_scheduler(20)
+    rates = []
+    for _ in range(21):
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    rates = np.array(rates)
+    factors = [step / 4 for step in range(4)]
+    factors += [0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / 16)) for step in range(17)]
+    scale = 3e-3 * 0.8 ** np.unique(np.round(np.log(rates[4] / 3e-3) / np.log(0.8)))
+    assert scale.max() == 3e-3 and scale.min() == pytest.approx(3e-3 * 0.8**7)  # 6 blocks between stem and head
+    np.testing.assert_allclose(rates, np.outer(factors, rates[4]), rtol=1e-6)
+
+
+def make_images(settings: dict, images: list, side: int = 16, **config):
+    defaults = dict(resolution=side, crop_mode="center", interpolation="bicubic", mean=[0.5] * 3, std=[0.25] * 3)
+    config = SimpleNamespace(**{**defaults, "num_labels": 4, **config})
+    settings = recipes._complete(settings, recipes.DEFAULTS["augmentation"], "augmentation.")
+    return augmentation.TrainingImages(images, settings, config, 0, lambda error: None)
+
+
+def grey(array) -> Image.Image:
+    return Image.fromarray(np.asarray(array, np.uint8)).convert("RGB")
+
+
+def test_without_augmentation_training_images_are_those_of_the_image_processor(tmp_path):
+    from transformers import BitImageProcessor
+
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    image = Image.fromarray(noise).resize((480, 320))
+    (x,) = make_images({}, [(image, 2)], side=64).__getitems__([0])["pixel_values"]
+    processor = BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, resample=3,
+                                  image_mean=[0.5] * 3, image_std=[0.25] * 3)  # fmt: skip
+    expected = processor(image, return_tensors="pt").pixel_values[0]
+    assert (x - expected).abs().max() < 0.1 and (x - expected).abs().mean() < 0.01  # of a range of 4
+
+
+def test_augmentation_follows_from_seed_epoch_and_index():
+    images = [(grey(np.random.default_rng(i).integers(0, 256, (20, 20))), i % 4) for i in range(6)]
+    unmixed = {**RECIPE["augmentation"], "mixup": 0.0, "cutmix": 0.0}
+    first = make_images(unmixed, images)
+    batch = first.__getitems__([3, 4, 10])  # 10: image 4 in the second epoch
+    torch.rand(7), random.random(), np.random.rand()
+    again = make_images(unmixed, images).__getitems__([4, 10, 5])
+    assert torch.equal(batch["pixel_values"][1:], again["pixel_values"][:2])
+    assert not torch.equal(batch["pixel_values"][1], batch["pixel_values"][2])
+    assert batch["labels"].tolist() == [3, 0, 0]
+
+    mixed = make_images(RECIPE["augmentation"] | {"mix_probability": 1.0}, images).__getitems__([0, 1, 2, 3])["labels"]
+    assert mixed.shape == (4, 4) and torch.allclose(mixed.sum(1), torch.ones(4))
+
+    order = augmentation.EpochOrder(10, 8, 0)
+    epochs = []
+    for order.epoch in (0, 1):
+        epochs.append(list(order))
+    assert [len(set(keys)) for keys in epochs] == [8, 8] == [len(order)] * 2
+    assert all(key // 10 == epoch for epoch, keys in enumerate(epochs) for key in keys)
+    assert [key % 10 for key in epochs[0]] != [key % 10 for key in epochs[1]]
+
+
+def test_each_augmentation_does_what_its_name_says():
+    ramp = grey(np.add.outer(np.arange(16) * 2, np.arange(16) * 10))
+    plain = make_images({}, [(ramp, 0)]).__getitems__([0])["pixel_values"][0]
+    values = lambda settings, keys=range(1): make_images(settings, [(ramp, 0)]).__getitems__(list(keys))["pixel_values"]  # noqa: E731
+    black, white = -2.0, 2.0
+    torch.testing.assert_close(values({"flip": 1.0})[0], plain.flip(-1))
+    torch.testing.assert_close(values({"invert": 1.0})[0], black + white - plain)
+    coloured = values({"colour": {"probability": 1.0, "strength": 0.5}}, range(50))
+    t = (plain - black) / (white - black)
+    for x in coloured:  # each channel is an affine function of the grey level, from a dark level to a light one
+        for channel in x:
+            slope = (channel[0, 15] - channel[0, 0]) / (t[0, 0, 15] - t[0, 0, 0])
+            torch.testing.assert_close(channel, channel[0, 0] + slope * (t[0] - t[0, 0, 0]), rtol=1e-3, atol=1e-3)
+            assert slope > 0 and channel.min() >= black and channel.max() <= white
+    assert (coloured.std(1).mean((1, 2)) > 0.02).float().mean() > 0.8  # the channels differ
+    shifted = values({"shift": 0.25, "fill": 255}, range(20))
+    assert not torch.equal(shifted[0], shifted[1]) and any((x[:, :, 0] == white).all() for x in shifted)
+    larger, smaller = values({"rescale": [2, 2]})[0], values({"rescale": [0.5, 0.5], "fill": 0})[0]
+    assert larger.max() < plain.max() and (smaller[:, :3] == black).all() and (smaller[:, 5:11, 5:11] > black).all()
+    cropped = values({"crop": {"scale": [0.2, 0.4]}}, range(20))
+    assert all(x.max() - x.min() < plain.max() - plain.min() for x in cropped)
+    erased = values({"erase": 1.0}, range(8))
+    assert all((x == 0).all(0).sum() >= 4 for x in erased) and not (plain == 0).all(0).any()
+
+
+def test_wrong_settings_are_named(fashion, tmp_path, command):
+    (tmp_path / "text.json").write_text("seed: 1")
+    (tmp_path / "list.json").write_text("[]")
+    base = ["--data", fashion, "--recipe", recipe_file(tmp_path)]
+    for arguments, words in [
+        ([*base, "--set", "augmentation.mixupp=1"], "augmentation.mixupp.*augmentation.mixup,"),
+        ([*base, "--set", "epochs=3"], "no setting epochs; there are seed, validation"),
+        ([*base, "--set", "training.learn=3"], "training.learn;.*learning_rate"),
+        ([*base, "--set", "training.weight_decay=1"], "set outside of training, as weight_decay"),
+        ([*base, "--set", "model.width=3"], "model.width; there are dim"),
+        ([*base, "--set", "model.dim=-3"], "dim must be a positive integer, got -3"),
+        ([*base, "--set", "augmentation.flip=2"], "augmentation.flip must be a number in 0 ... 1, got 2"),
+        ([*base, "--set", "augmentation.rescale=1.5"], "augmentation.rescale must be a pair"),
+        ([*base, "--set", "augmentation.colour.amount=1"], "augmentation.colour.amount; .*colour.strength"),
+        ([*base, "--set", "augmentation.crop.scale=[0.5,1]"], "augmentation.crop cannot go together with"),
+        ([*base, "--set", "augmentation.randaugment=strong"], "randaugment='strong'"),
+        ([*base, "--set", "training.per_device_train_batch_size=7"], "must be even, got 7"),
+        ([*base, "--set", "training.per_device_train_batch_size=128"], "80 training images do not fill"),
+        ([*base, "--set", "seed"], "must be KEY=VALUE"),
+        ([*base, "--set", "training.eval_strategy=often"], "TrainingArguments does not take .*often"),
+        ([*base, "--set", "training=3"], "training must be an object, got 3"),
+        ([*base, "--set", "augmentation.flip=null"], "augmentation.flip must be a number in 0 ... 1, got None"),
+        ([*base, "--set", "seed=-1"], "seed must be an integer in 0 ... 2147483647, got -1"),
+        ([*base, "--set", "lora.rank=0"], "lora.rank must be an integer in 1"),
+        ([*base, "--set", "ema=1"], "ema must be a number in 0 ... 0.999999, got 1"),
+        ([*base, "--set", "freeze_backbone=maybe"], "freeze_backbone must be true or false, got 'maybe'"),
+        ([*base, "--set", "training.learning_rate=[1]"], "training.learning_rate must be a number"),
+        ([*base, "--lora", "4", "--freeze-backbone"], "exclude each other"),
+        ([*base, "--model", ROOT], "leave out --model"),
+        (["--data", fashion, "--model", tmp_path], "does not load"),
+        (["--data", fashion, "--recipe", tmp_path / "text.json"], "text.json is not JSON"),
+        (["--data", fashion, "--recipe", tmp_path / "list.json"], "must hold a JSON object"),
+        (["--data", tmp_path / "none"], "neither a folder nor the Hub id"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            command(tmp_path / "out", *arguments)
+    assert not list(tmp_path.glob("out/checkpoint-*"))
+
+
+def test_loss_that_is_not_finite_stops_the_training(fashion, tmp_path, command):
+    arguments = ["--data", fashion, "--recipe", recipe_file(tmp_path), "--set", "training.learning_rate=1e30"]
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) in step \d+: .*--resume and a smaller"):
+        command(tmp_path / "out", *arguments)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_new_models_by_variant_and_loaded_ones_with_a_fitting_head(tmp_path):
+    complete = recipes.read(None, [])
+    model = finetune.make_model("MambaVision-T-1K", ["cat", "dog", "emu"], complete)
+    assert model.config.depths == [1, 3, 8, 4] and model.config.dim == 80
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "emu"} and model.model.head.out_features == 3
+
+    before = load_file(ROOT / "model.safetensors")["model.head.weight"]
+    heads = []
+    for classes in (data.FASHION_MNIST_LABELS, list("0123456789"), ["a", "b"]):
+        model = finetune.make_model(None, classes, recipes.read(None, ["config.drop_path_rate=0.25"]))
+        assert model.config.drop_path_rate == 0.25 and model.model.levels[3].blocks[-1].drop_path.rate == 0.25
+        heads.append(model.model.head.weight)
+    assert torch.equal(heads[0], before)  # the same classes: a restart
+    assert heads[1].shape == before.shape and heads[1].std().item() == pytest.approx(0.02, rel=0.2)  # as many others
+    assert heads[2].shape[0] == 2
+
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.levels.1.blocks.0.conv1.weight"], weights["model.head.bias"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of its weights, the first is model.levels.1.blocks.0.conv1"):
+        finetune.make_model(str(tmp_path), ["a", "b"], complete)
+
+
+def test_data_with_splits_and_data_of_the_datasets_library(tmp_path):
+    import datasets
+
+    for split, count in (("train", 3), ("val", 2), ("test", 1)):
+        for name in ("ant", "bee"):
+            folder = tmp_path / "folders" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                grey(np.full((9, 9), 50 * i)).save(folder / f"{i}.png")
+    train, validation = data.training_data(str(tmp_path / "folders"), 0.5, 0)
+    assert (len(train), len(validation), train.classes) == (6, 4, ["ant", "bee"])
+    assert len(data.test_data(str(tmp_path / "folders"))) == 2
+    assert data.training_data(str(tmp_path / "folders"), 0, 0)[1] is None
+    with pytest.raises(ValueError, match="no split dev; its splits are test, train, val"):
+        data.test_data(str(tmp_path / "folders"), "dev")
+
+    files = sorted((tmp_path / "folders" / "train").rglob("*.png"))
+    contents = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    contents[4]["bytes"] = contents[4]["bytes"][:50]
+    columns = {"photo": contents, "kind": [0, 0, 0, 1, 1, 1], "weight": [0.5] * 6}
+    features = datasets.Features(photo=datasets.Image(), kind=datasets.ClassLabel(names=["ant", "bee"]),
+                                 weight=datasets.Value("float32"))  # fmt: skip
+    made = datasets.Dataset.from_dict(columns, features)
+    (tmp_path / "parquet").mkdir()
+    made.to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    made.save_to_disk(tmp_path / "arrow")
+    for source in ("parquet", "arrow"):
+        train, validation = data.training_data(str(tmp_path / source), 0.34, 0)
+        assert (len(train), len(validation), train.classes) == (4, 2, ["ant", "bee"])
+        whole = data.test_data(str(tmp_path / source))
+        assert whole[3][1] == 1 and whole[2][0].getpixel((4, 4)) == (100, 100, 100)
+        with pytest.raises(ValueError, match="image 4 cannot be read as an image"):
+            whole[4]
+    made.remove_columns("kind").to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    with pytest.raises(ValueError, match="one column of type ClassLabel, and has none among"):
+        data.test_data(str(tmp_path / "parquet"))
+
+
+def test_variants_of_images_are_always_the_same():
+    image = grey(np.pad(np.full((12, 12), 200), 8))
+    for name, change in variants.VARIANTS.items():
+        first, again, other = change(image, 3), change(image, 3), change(image, 5)
+        assert first.size == image.size and first.mode == "RGB"
+        assert first.tobytes() == again.tobytes() != image.tobytes(), name
+        assert name == "inverted" or first.tobytes() != other.tobytes()
+    pixels = {name: np.asarray(change(image, 3)).astype(int) for name, change in variants.VARIANTS.items()}
+    assert (pixels["inverted"] == 255 - np.asarray(image)).all()
+    dark, light = pixels["coloured"][0, 0], pixels["coloured"][14, 14]
+    assert dark.max() < 90 < light.max() and np.ptp(light) > 20
+    assert pixels["inverted and coloured"][0, 0].max() > 180 > pixels["inverted and coloured"][14, 14].max()
+    for name in ("shifted", "rescaled"):  # a grey square elsewhere, or of another size
+        rows, columns = np.nonzero(pixels[name][..., 0] > 100)
+        assert 8 <= np.ptp(rows) + 1 <= 15 and np.ptp(rows) == np.ptp(columns)
+    assert np.ptp(np.nonzero(pixels["shifted"][..., 0])[0]) + 1 == 12
+
+
+def test_scan_makes_nothing_infinite_of_what_is_finite(monkeypatch):
+    """Under bf16, with ten times the usual learning rate and inputs: forward and backward, in every step."""
+    from repository import modeling_mambavision as modeling
+
+    sizes, checked = [], []
+
+    def finite(tensors) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+    def watch(scan):
+        def watched(*inputs):
+            inputs = [tensor.view_as(tensor) for tensor in inputs]  # a parameter would keep its hook
+            y = scan(*inputs)
+            assert not finite(inputs) or finite([y])
+            sizes.append(max(tensor.abs().max().item() for tensor in inputs))
+            arriving = []
+            y.register_hook(lambda gradient: arriving.append(gradient))
+            for tensor in inputs:
+                tensor.register_hook(
+                    lambda gradient: checked.append(not finite([*inputs, *arriving]) or finite([gradient]))
+                )
+            return y
+
+        return watched
+
+    for name in ("selective_scan", "scan_concat"):  # with and without the other half of the mixer
+        monkeypatch.setattr(modeling, name, watch(getattr(modeling, name)))
+    torch.manual_seed(0)
+    model = MambaVisionModelForImageClassification(modeling.MambaVisionConfig(**{**SMALL, "num_labels": 2})).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm1.weight"):  # the norms would take the images' scale away before the scan
+            parameter.data.fill_(10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=10 * 1e-3)
+    for _ in range(30):
+        labels = torch.randint(2, (8,))
+        images = 10 * (torch.randn(8, 3, 64, 64) + labels.view(-1, 1, 1, 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert loss.isfinite()
+    assert len(sizes) == 30 * 3 and len(checked) >= 30 * 3 * 7 and all(checked)
+    assert max(sizes) > 30  # as they are without all this: 8

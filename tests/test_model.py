@@ -1,0 +1,339 @@
+"""The function that the model computes: against the published package, recorded and live, and at the edges."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FIXTURES, SHAPES
+from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
+from repository.modeling_mambavision import (
+    DropPath,
+    MambaVision,
+    MambaVisionMixer,
+    MambaVisionModel,
+    MambaVisionModelForImageClassification,
+)
+from safetensors import safe_open
+from weights import filled, image
+
+
+# Largest difference over the standard deviation of the published output, in float32.
+TOLERANCE = 1e-4
+
+GOLDEN = safe_open(FIXTURES / "official_outputs.safetensors", "pt")
+CASES = sorted({name.split(".")[0] for name in GOLDEN.keys()})  # noqa: SIM118
+
+
+def assert_close(name, value, reference):
+    assert value.shape == reference.shape, name
+    error = ((value - reference).abs().max() / reference.std()).item()
+    assert error < TOLERANCE, f"{name}: {error:.1e} of the reference's standard deviation"
+
+
+def backbone(variant, num_labels=1000):
+    """The published model's architecture with filled weights."""
+    with torch.device("meta"):
+        model = MambaVision(MambaVisionConfig(**VARIANTS[variant]), num_labels)
+    model.load_state_dict(filled(SHAPES[variant]), assign=True)
+    return model.eval()
+
+
+@pytest.fixture
+def classifier(small_config):
+    torch.manual_seed(0)
+    model = MambaVisionModelForImageClassification(small_config)
+    model.load_state_dict(filled({name: t.shape for name, t in model.state_dict().items()}))
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_equals_recorded_outputs_of_the_published_package(case):
+    metadata = GOLDEN.metadata()
+    model = backbone(metadata[f"{case}.variant"])
+    pixel_values = image(json.loads(metadata[f"{case}.input_shape"]))
+    pooled, maps = model.forward_features(pixel_values)
+    assert_close("logits", model(pixel_values), GOLDEN.get_tensor(f"{case}.logits"))
+    assert_close("pooled", pooled, GOLDEN.get_tensor(f"{case}.pooled"))
+    for i, stage_map in enumerate(maps):
+        assert list(stage_map.shape) == json.loads(metadata[f"{case}.map{i}.shape"])
+        assert_close(f"map{i}", stage_map[:, ::4, ::3, ::3], GOLDEN.get_tensor(f"{case}.map{i}"))
+
+
+@pytest.mark.parametrize("variant", ["T", "T2", "S", "B", "L"])
+@torch.inference_mode()
+def test_equals_the_published_package(published, variant):
+    tensors = filled(SHAPES[f"MambaVision-{variant}-1K"])
+    theirs = getattr(published, f"mamba_vision_{variant}")(
+        layer_scale=VARIANTS[f"MambaVision-{variant}-1K"]["layer_scale"]
+    )
+    theirs.load_state_dict(tensors)
+    theirs.eval()
+    maps = {}
+    for i in range(3):  # their stages give only what comes after the downsampling
+        theirs.levels[i].downsample.register_forward_pre_hook(lambda _, inputs, i=i: maps.update({i: inputs[0]}))
+    theirs.levels[3].register_forward_hook(lambda _, inputs, output: maps.update({3: output}))
+    ours = backbone(f"MambaVision-{variant}-1K")
+    for shape in ((1, 3, 224, 224), (2, 3, 97, 131), (1, 3, 40, 250)):
+        pixel_values = image(shape)
+        logits, pooled = theirs(pixel_values), theirs.forward_features(pixel_values)
+        assert_close("logits", ours(pixel_values), logits)
+        our_pooled, our_maps = ours.forward_features(pixel_values)
+        assert_close("pooled", our_pooled, pooled)
+        for i in range(4):
+            assert_close(f"map{i}", our_maps[i], maps[i])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tensor_names_and_shapes_are_the_published_ones(variant):
+    with torch.device("meta"):
+        model = MambaVision(MambaVisionConfig(**VARIANTS[variant]), 1000)
+    assert {name: list(t.shape) for name, t in model.state_dict().items()} == SHAPES[variant]
+
+
+def test_mixer_kinds_alternate_in_halves(small_config):
+    kinds = [
+        [isinstance(b.mixer, MambaVisionMixer) for b in MambaVision(small_config).levels[i].blocks] for i in (2, 3)
+    ]
+    assert kinds == [[True, True, False], [True, False]]
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 64, 64), (1, 3, 1, 1), (2, 3, 1, 77), (1, 3, 33, 2), (3, 3, 64, 64)])
+@torch.inference_mode()
+def test_any_batch_and_any_side(classifier, shape):
+    output = classifier(image(shape), output_hidden_states=True)
+    assert output.logits.shape == (shape[0], 5)
+    height, width = shape[2:]
+    for i, stage_map in enumerate(output.hidden_states):
+        sides = [-(-side // 2 ** (i + 2)) for side in (height, width)]
+        assert stage_map.shape == (shape[0], 16 * 2**i, *sides)
+        assert stage_map.isfinite().all() and stage_map.is_contiguous()
+
+
+@torch.inference_mode()
+def test_images_of_a_batch_do_not_mix(classifier):
+    batch = image((4, 3, 70, 50))
+    together = classifier(batch).logits
+    alone = torch.cat([classifier(batch[i : i + 1]).logits for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_memory_layout_and_precision_of_the_input_do_not_matter(classifier):
+    pixel_values = image((2, 3, 64, 48))
+    expected = classifier(pixel_values).logits
+    for same in (
+        pixel_values.contiguous(memory_format=torch.channels_last),
+        pixel_values.double(),
+        pixel_values.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        torch.testing.assert_close(classifier(same).logits, expected, rtol=1e-4, atol=1e-5)
+    channels_last = classifier.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(channels_last(pixel_values).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_outputs_unpack_index_and_convert(small_config):
+    model = MambaVisionModel(small_config).eval()
+    pixel_values = image((2, 3, 64, 64))
+    output = model(pixel_values)
+    pooled, maps = output
+    assert isinstance(maps, list) and len(maps) == 4 and pooled.shape == (2, 128)
+    assert output.pooler_output is pooled and output[0] is pooled and output["pooler_output"] is pooled
+    assert output.last_hidden_state is maps[3] and output.hidden_states == output.feature_maps == tuple(maps)
+    plain = model(pixel_values, return_dict=False)
+    assert isinstance(plain, tuple) and len(plain) == 2 and isinstance(plain[1], list)
+    torch.testing.assert_close(pooled, model.model.norm(maps[3]).mean((2, 3)))
+    torch.testing.assert_close(model.model(pixel_values), pooled)
+    assert list(output.keys()) == ["pooler_output", "hidden_states", "last_hidden_state"]
+
+
+BAD_INPUTS = {
+    "a list": (lambda: [[0.0]], TypeError, "must be a torch.Tensor, got list"),
+    "nothing": (lambda: None, TypeError, "must be a torch.Tensor, got NoneType"),
+    "integers": (lambda: torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, "torch.uint8"),
+    "complex": (lambda: torch.zeros(1, 3, 8, 8, dtype=torch.complex64), TypeError, "torch.complex64"),
+    "no batch": (lambda: torch.zeros(3, 8, 8), ValueError, r"\(batch, 3, height, width\), got \(3, 8, 8\)"),
+    "five dimensions": (lambda: torch.zeros(1, 1, 3, 8, 8), ValueError, r"got \(1, 1, 3, 8, 8\)"),
+    "channels last": (lambda: torch.zeros(1, 8, 8, 3), ValueError, r"got \(1, 8, 8, 3\)"),
+    "one channel": (lambda: torch.zeros(1, 1, 8, 8), ValueError, r"got \(1, 1, 8, 8\)"),
+    "no height": (lambda: torch.zeros(1, 3, 0, 8), ValueError, "at least 1 pixel"),
+    "no width": (lambda: torch.zeros(1, 3, 8, 0), ValueError, "at least 1 pixel"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+def test_input_that_is_no_image_batch_is_refused_in_one_sentence(classifier, kind):
+    make, error, message = BAD_INPUTS[kind]
+    with pytest.raises(error, match=message) as caught:
+        classifier(make())
+    assert str(caught.value).startswith("pixel_values must") and "\n" not in str(caught.value)
+
+
+BAD_LABELS = {
+    "above": (torch.tensor([0, 5]), ValueError, r"0 ... 4 \(or -100\), got 5"),
+    "negative": (torch.tensor([-1, 0]), ValueError, "got -1"),
+    "too few": (torch.tensor([0]), ValueError, r"must be 2 integers, got torch.int64 of shape \(1,\)"),
+    "scalar": (torch.tensor(0), ValueError, "of shape"),
+    "floats of a class each": (torch.tensor([0.0, 1.0]), ValueError, r"must have shape \(2, 5\), got \(2,\)"),
+    "a list": ([0, 1], TypeError, "must be a torch.Tensor, got list"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+def test_labels_that_do_not_fit_are_refused_in_one_sentence(classifier, kind):
+    labels, error, message = BAD_LABELS[kind]
+    with pytest.raises(error, match=message) as caught:
+        classifier(image((2, 3, 32, 32)), labels=labels)
+    assert str(caught.value).startswith("labels must") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_single_label_loss(classifier, dtype):
+    pixel_values, labels = image((3, 3, 32, 32)), torch.tensor([4, 0, 2], dtype=dtype)
+    output = classifier(pixel_values, labels=labels)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits, labels.long()))
+    assert classifier.config.problem_type == "single_label_classification"
+    loss, logits = classifier(pixel_values, labels, return_dict=False)
+    assert torch.equal(loss, output["loss"]) and torch.equal(logits, output["logits"])
+
+
+def test_label_of_minus_100_leaves_an_image_out(classifier):
+    pixel_values = image((2, 3, 32, 32))
+    loss = classifier(pixel_values, labels=torch.tensor([3, -100])).loss
+    torch.testing.assert_close(loss, classifier(pixel_values[:1], labels=torch.tensor([3])).loss)
+
+
+def test_multi_label_loss(classifier):
+    labels = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 1, 0, 0]])
+    output = classifier(image((2, 3, 32, 32)), labels=labels)
+    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, labels))
+    assert classifier.config.problem_type == "multi_label_classification"
+    integers = classifier(image((2, 3, 32, 32)), labels=labels.long()).loss  # the kind is known by now
+    assert torch.equal(integers, output.loss)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_regression_loss(small_config, shape):
+    small_config.num_labels = 1
+    model = MambaVisionModelForImageClassification(small_config).eval()
+    labels = torch.tensor([0.5, -2.0]).view(shape)
+    output = model(image((2, 3, 32, 32)), labels=labels)
+    torch.testing.assert_close(output.loss, F.mse_loss(output.logits.flatten(), labels.flatten()))
+    assert model.config.problem_type == "regression"
+
+
+def test_every_parameter_gets_a_gradient(small_config):
+    small_config.layer_scale_conv = 0.1
+    for model in (MambaVisionModelForImageClassification(small_config), MambaVisionModel(small_config)):
+        output = model(image((2, 3, 64, 80)))
+        output[0].square().sum().backward()
+        missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not missing
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(classifier, use_reentrant):
+    """Loss, gradients and BatchNorm's statistics, under stochastic depth."""
+    states = []
+    for module in classifier.modules():
+        if isinstance(module, DropPath):
+            module.rate = 0.3
+    start = {name: t.clone() for name, t in classifier.state_dict().items()}
+    pixel_values, labels = image((4, 3, 64, 64)), torch.tensor([0, 1, 2, 3])
+    for checkpointing in (False, True):
+        classifier.load_state_dict(start)
+        classifier.zero_grad()
+        if checkpointing:
+            classifier.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            assert classifier.is_gradient_checkpointing
+        classifier.train()
+        torch.manual_seed(3)
+        loss = classifier(pixel_values, labels=labels).loss
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in classifier.named_parameters()}
+        statistics = {name: b.clone() for name, b in classifier.named_buffers()}
+        states.append((loss.detach(), gradients, statistics))
+    torch.testing.assert_close(states[1], states[0])
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1000), (torch.float16, 1)])
+@torch.inference_mode()
+def test_half_precision_of_a_published_size_stays_finite(dtype, scale):
+    model = backbone("MambaVision-T-1K").to(dtype)
+    pooled, maps = model.forward_features(scale * image((1, 3, 64, 64)))
+    assert all(x.isfinite().all() and x.dtype == dtype for x in (pooled, model.head(pooled), *maps))
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1000), (torch.float16, 1)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_stays_finite_and_close(classifier, dtype, scale, autocast):
+    pixel_values = scale * image((2, 3, 64, 64))
+    with torch.inference_mode():
+        expected = classifier(pixel_values).logits
+    model = classifier if autocast else classifier.to(dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        output = model(pixel_values, labels=torch.tensor([0, 1]))
+    output.loss.backward()
+    assert output.logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    # a bf16 step is 0.8 %, an fp16 step 0.1 %; a dozen layers in a row
+    bound = {torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    assert (output.logits.float() - expected).abs().max() < bound * expected.std()
+
+
+@torch.inference_mode()
+def test_fused_copy_computes_the_same(classifier, small_config, tmp_path):
+    pixel_values = image((2, 3, 70, 50))
+    output = classifier(pixel_values, output_hidden_states=True)
+    fused = classifier.fuse()
+    fused_output = fused(pixel_values, output_hidden_states=True)
+    for value, expected in zip(
+        (fused_output.logits, *fused_output.hidden_states), (output.logits, *output.hidden_states), strict=True
+    ):
+        assert (value - expected).abs().max() < 1e-5 * expected.std()
+    assert not [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert torch.equal(classifier(pixel_values).logits, output.logits)  # the original is as it was
+    assert fused.eval() is fused and torch.equal(fused(pixel_values).logits, fused_output.logits)
+    features = MambaVisionModel(small_config).eval()
+    for value, expected in zip(features.fuse()(pixel_values)[1], features(pixel_values)[1], strict=True):
+        assert (value - expected).abs().max() < 1e-5 * expected.std()
+    for refused in (lambda: fused.train(), lambda: fused.save_pretrained(tmp_path), lambda: classifier.train().fuse()):
+        with pytest.raises(ValueError, match="inference"):
+            refused()
+
+
+def test_fused_copy_computes_the_same_wherever_a_model_does(classifier):
+    """Where oneDNN's fused operators cannot run: gradients, autocast, empty batches, compiled graphs."""
+    pixel_values = image((2, 3, 64, 64))
+    fused = classifier.fuse()
+
+    gradients = []
+    for model in (classifier, fused):
+        x = pixel_values.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(model(x).logits.square().sum(), x)[0])
+    assert (gradients[1] - gradients[0]).abs().max() < 1e-4 * gradients[0].abs().max()
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+
+    with torch.no_grad():
+        expected = classifier(pixel_values).logits
+        assert fused(pixel_values[:0]).logits.shape == (0, expected.shape[1])
+        compiled = torch.compile(fused, backend="eager", fullgraph=True)
+        assert (compiled(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (fused(pixel_values).logits - expected).abs().max() < 0.1 * expected.std()
+        half = classifier.to(torch.bfloat16).fuse()
+        assert (half(pixel_values).logits - expected).abs().max() < 0.1 * expected.std()
+
+
+def test_fused_copy_leaves_quantised_and_hooked_layers_alone(classifier):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    pixel_values, called = image((2, 3, 64, 64)), []
+    quantize_(classifier, Int8WeightOnlyConfig())
+    classifier.model.levels[2].blocks[0].mlp.fc1.register_forward_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        expected = classifier(pixel_values).logits
+        value = classifier.fuse()(pixel_values).logits
+    assert (value - expected).abs().max() < 1e-4 * expected.std() and len(called) == 2

@@ -1,0 +1,245 @@
+"""The selective scan in plain torch against its definition in float64, one step after the other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_python
+from repository import selective_scan as scan_module
+from repository.selective_scan import selective_scan, selective_scan_reference
+
+
+LENGTHS = [1, 2, 7, 49, 196, 500, 1024, 4096, 12544]
+NAMES = ["u", "dt", "A", "B", "C", "D", "dt_bias"]
+
+# Largest error over the standard deviation of what is compared.
+TOLERANCE = {
+    torch.float64: 1e-12,  # the same sums in another order
+    torch.float32: 1e-5,  # float32's 6e-8, accumulated over the memory of the recurrence
+}
+FORMS = {"blocked": selective_scan, "chunked": scan_module._scan_chunked}
+
+
+def random_inputs(batch, length, channels, states=8, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    inputs = [
+        normal(batch, length, channels),
+        normal(batch, length, channels) - 3,
+        -torch.exp(normal(channels, states)),
+        normal(batch, length, states),
+        normal(batch, length, states),
+        normal(channels),
+        normal(channels),
+    ]
+    return [x.to(dtype) for x in inputs]
+
+
+def sequential_float64(u, dt, A, B, C, D, dt_bias):
+    """The recurrence as architecture papers write it, on (channels, states), independent of the module under test."""
+    u, dt, A, B, C, D, dt_bias = (x.double() for x in (u, dt, A, B, C, D, dt_bias))
+    delta = torch.log1p(torch.exp(-(dt + dt_bias).abs())) + (dt + dt_bias).clamp(min=0)
+    h, outputs = torch.zeros(u.shape[0], *A.shape, dtype=torch.float64), []
+    for t in range(u.shape[1]):
+        h = torch.exp(torch.einsum("bd,dn->bdn", delta[:, t], A)) * h
+        h = h + torch.einsum("bd,bn,bd->bdn", delta[:, t], B[:, t], u[:, t])
+        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+    return torch.stack(outputs, 1) + D * u
+
+
+def relative_error(value, expected):
+    return ((value.double() - expected).abs().max() / expected.std().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_float64_recurrence(form, length):
+    inputs = random_inputs(2 if length < 4096 else 1, length, 20)
+    expected = sequential_float64(*inputs)
+    if length <= 500:
+        assert relative_error(selective_scan_reference(*inputs), expected) < TOLERANCE[torch.float64]
+    for dtype in (torch.float64, torch.float32):
+        value = FORMS[form](*(x.to(dtype) for x in inputs))
+        assert value.dtype == dtype and value.shape == inputs[0].shape
+        assert relative_error(value, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_inputs_are_scanned_in_float32(form, dtype):
+    inputs = random_inputs(2, 196, 20, dtype=dtype)
+    value = FORMS[form](*inputs)
+    assert value.dtype == dtype
+    # no error but the output's own rounding
+    expected = sequential_float64(*inputs)
+    torch.testing.assert_close(value.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+# One block, several, and blocks shorter than a step's row needs; batches in one tile and in several.
+@pytest.mark.parametrize("block_elements", [2**18, 3 * 4 * 8 * 3, 1])
+def test_gradients_by_finite_differences(monkeypatch, block_elements):
+    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", block_elements)
+    inputs = [x.requires_grad_() for x in random_inputs(3, 8, 4)]
+    for form in FORMS.values():
+        assert torch.autograd.gradcheck(form, inputs)
+
+
+@pytest.mark.parametrize("batch, length, channels", [(1, 1, 16), (3, 49, 40), (2, 500, 24), (40, 196, 64)])
+def test_gradients_equal_autograd_through_the_recurrence(batch, length, channels):
+    inputs = [x.requires_grad_() for x in random_inputs(batch, length, channels)]
+    weight = torch.randn_like(inputs[0])
+    expected = torch.autograd.grad((sequential_float64(*inputs) * weight).sum(), inputs)
+    for dtype in (torch.float64, torch.float32):
+        casts = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        gradients = torch.autograd.grad((selective_scan(*casts) * weight.to(dtype)).sum(), casts)
+        for name, gradient, reference in zip(NAMES, gradients, expected, strict=True):
+            scale = reference.abs().max() if reference.numel() == 1 else reference.std()
+            error = ((gradient.double() - reference).abs().max() / scale.clamp(min=1e-30)).item()
+            assert gradient.dtype == dtype
+            assert error < 10 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_long_steps_and_fast_decay_stay_finite_and_right(form):
+    """Steps up to 20 and A down to -64: a step's decay is then 0 in float32, next to steps whose decay is near 1."""
+    u, dt, A, B, C, D, dt_bias = random_inputs(2, 300, 16)
+    generator = torch.Generator().manual_seed(1)
+    step = torch.rand(dt.shape, generator=generator, dtype=torch.float64) ** 8 * 20 + 1e-4
+    dt = step + torch.log(-torch.expm1(-step))
+    A = -torch.linspace(1e-3, 64, A.numel(), dtype=torch.float64).view_as(A)
+    inputs = [u, dt, A, B, C, D, torch.zeros_like(dt_bias)]
+    casts = [x.float().requires_grad_() for x in inputs]
+    value = FORMS[form](*casts)
+    assert relative_error(value, sequential_float64(*inputs)) < TOLERANCE[torch.float32]
+    for gradient in torch.autograd.grad(value.sum(), casts):
+        assert gradient.isfinite().all()
+
+
+def test_inputs_may_be_views_and_stay_untouched():
+    inputs = random_inputs(2, 60, 12, dtype=torch.float32)
+    expected = selective_scan(*inputs)
+    strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    copies = [x.clone() for x in strided]
+    assert torch.equal(selective_scan(*strided), expected)
+    assert all(torch.equal(x, copy) for x, copy in zip(strided, copies, strict=True))
+
+
+def test_batches_are_independent():
+    inputs = random_inputs(70, 30, 40, dtype=torch.float32)
+    whole = selective_scan(*inputs)
+    for b in (0, 33, 69):
+        alone = [x[b : b + 1] if x.ndim == 3 else x for x in inputs]
+        torch.testing.assert_close(selective_scan(*alone), whole[b : b + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_empty_batch_and_empty_sequence():
+    for batch, length in ((0, 5), (3, 0)):
+        inputs = [x.requires_grad_() for x in random_inputs(batch, length, 4)]
+        value = selective_scan(*inputs)
+        assert value.shape == (batch, length, 4)
+        assert all(torch.count_nonzero(g) == 0 for g in torch.autograd.grad(value.sum(), inputs))
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_operator_is_registered_correctly(needs_grad):
+    """Schema, fake tensors and autograd registration agree with what the operator does, as torch checks them."""
+    inputs = [x.requires_grad_(needs_grad) for x in random_inputs(2, 9, 4, dtype=torch.float32)]
+    tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
+    if needs_grad:
+        tests.append("test_aot_dispatch_static")
+    torch.library.opcheck(scan_module._blocked_scan, (*inputs, needs_grad), test_utils=tests)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(form, dtype):
+    inputs = [x.requires_grad_() for x in random_inputs(2, 50, 6, dtype=torch.float32)]
+    expected = FORMS[form](*inputs)
+    gradients = torch.autograd.grad(expected.square().sum(), inputs)
+    with torch.autocast("cpu", dtype):
+        y = FORMS[form](*inputs)
+    assert y.dtype == torch.float32 and torch.equal(y, expected)
+    for value, gradient in zip(torch.autograd.grad(y.square().sum(), inputs), gradients, strict=True):
+        assert torch.equal(value, gradient)
+
+
+def test_compiled_scan_keeps_one_graph_and_gives_the_same():
+    inputs = [x.requires_grad_() for x in random_inputs(2, 49, 12, dtype=torch.float32)]
+    compiled = torch.compile(lambda *x: F.silu(selective_scan(*x)), fullgraph=True)
+    expected = F.silu(selective_scan(*inputs))
+    torch.testing.assert_close(compiled(*inputs), expected)
+    gradients = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected.sum(), inputs), strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
+
+
+MEMORY = """
+import sys, types, torch
+package = types.ModuleType("repository"); package.__path__ = [sys.argv[1]]; sys.modules["repository"] = package
+from repository.selective_scan import selective_scan
+torch.manual_seed(0)
+training = sys.argv[2] == "training"
+def memory(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 1024
+def run(length):
+    inputs = [torch.randn(1, length, 160), torch.randn(1, length, 160) - 3, -torch.rand(160, 8) - 0.1,
+              torch.randn(1, length, 8), torch.randn(1, length, 8), torch.ones(160), torch.zeros(160)]
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = memory("VmRSS")
+    with torch.set_grad_enabled(training):
+        for x in inputs: x.requires_grad_(training)
+        y = selective_scan(*inputs)
+        if training: y.sum().backward()
+    return memory("VmHWM") - before
+run(64)
+print(run(12544))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_memory_at_length_12544(mode, capsys):
+    """Peak of the process beyond its inputs; the states of all steps would be 64 MB, and autograd keeps several."""
+    megabytes = float(run_python(MEMORY, Path(scan_module.__file__).parent, mode).stdout)
+    output = 12544 * 160 * 4 / 2**20
+    with capsys.disabled():
+        print(
+            f"\nscan of (1, 12544, 160), {mode}: peak {megabytes:.1f} MiB beyond its inputs; its output is {output:.1f}"
+        )
+    assert megabytes > 0.9 * output  # or the measurement saw nothing
+    if mode == "inference":
+        assert megabytes - output < 32
+    else:  # the output, its gradient, those of u and dt, and the blocks' start states
+        assert megabytes - 4 * output < 48
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("u", (2, 5)),
+        ("dt", (2, 5, 3)),
+        ("dt", (1, 5, 4)),
+        ("A", (5, 8)),
+        ("A", (4,)),
+        ("B", (2, 5, 7)),
+        ("C", (2, 4, 8)),
+        ("D", (1,)),
+        ("dt_bias", (4, 1)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(name, shape):
+    inputs = dict(zip(NAMES, random_inputs(2, 5, 4), strict=True))
+    inputs[name] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=rf"^{name} must"):
+        selective_scan(**inputs)
+
+
+def test_backend_is_chosen_by_name_or_by_environment(monkeypatch):
+    inputs = random_inputs(1, 5, 4)
+    assert torch.equal(selective_scan(*inputs, backend="torch"), selective_scan(*inputs))
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        selective_scan(*inputs, backend="cuda")
+    monkeypatch.setenv("MAMBAVISION_SCAN", "fast")
+    with pytest.raises(ValueError, match="backend='fast'"):
+        selective_scan(*inputs)

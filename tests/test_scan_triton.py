@@ -1,0 +1,548 @@
+"""The Triton kernels: in Triton's interpreter against float64 references, compiled for GPUs that need not be there, and
+on a GPU where there is one.
+
+The interpreter is switched on by TRITON_INTERPRET=1 before triton is first imported, for the whole process, in which
+nothing can be compiled then; and torch itself imports triton. So the tests of TestInterpreted run in a process of their
+own, in which `test_in_the_interpreter` runs this file again. To see them one by one:
+
+    TRITON_INTERPRET=1 pytest tests/test_scan_triton.py
+"""
+
+import importlib.util
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run_python
+from repository.selective_scan import selective_scan_reference
+from transformers.dynamic_module_utils import get_imports
+
+
+triton = pytest.importorskip("triton", minversion="3.3", reason="torch comes without triton on this platform")
+
+from repository import selective_scan_triton as kernels  # noqa: E402
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Relative error in the Euclidean norm. float64 and float32: rounding, over up to 500 steps. bfloat16: that the result
+# has 8 bits; the state has 24.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+LEAVES = ("u and z", "dt", "A", "B and C", "D", "dt_bias", "weight")
+
+
+def make(batch, length, channels, dtype, states=8, longest_step=None, fastest_decay=8.0, device="cpu", width=None):
+    """The tensors that gradients are taken of, and scan_concat's arguments made of them, laid out as in the mixer.
+
+    u and z are the halves of one projection's output, B and C parts of another's: their rows have gaps. The parameters
+    are float32 where the rest is half precision.
+    """
+    generator = torch.Generator().manual_seed(batch + length + channels)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    width = channels if width is None else width
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    dt, dt_bias = normal(batch, length, channels), normal(channels)
+    if longest_step:  # about half of the steps are tiny, half are long
+        dt = torch.rand(batch, length, channels, generator=generator, dtype=torch.float64) * 2 * longest_step
+        dt -= longest_step
+    A = -fastest_decay * torch.rand(channels, states, generator=generator, dtype=torch.float64)
+    leaves = [
+        normal(batch, length, channels + width).to(dtype),
+        dt.to(dtype),
+        A.to(exact),
+        normal(batch, length, 3 + 2 * states).to(dtype),
+        normal(channels).to(exact),
+        dt_bias.to(exact),
+        normal(width, 1, 3).to(exact),
+    ]
+    leaves = [x.to(device).requires_grad_() for x in leaves]
+    return leaves, arguments(leaves, channels, states)
+
+
+def arguments(leaves, channels, states):
+    uz, dt, A, projected, D, dt_bias, weight = leaves
+    u, z = uz.split([channels, uz.shape[2] - channels], -1)
+    _, B, C = projected.split([projected.shape[2] - 2 * states, states, states], -1)
+    return u, dt, A, B, C, D, dt_bias, z, weight
+
+
+def reference(u, dt, A, B, C, D, dt_bias, z, weight):
+    y = selective_scan_reference(u, dt, A, B, C, D, dt_bias)
+    z = F.conv1d(z.transpose(1, 2), weight, padding=1, groups=len(weight)).transpose(1, 2)
+    return torch.cat([y, F.silu(z)], -1)
+
+
+def check(batch, length, channels, dtype, states=8, **options):
+    """scan_concat and all its gradients, against the reference in float64 on the same numbers."""
+    leaves, inputs = make(batch, length, channels, dtype, states, **options)
+    out = kernels.scan_concat(*inputs)
+    assert out.dtype == dtype
+    grad_out = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(out)
+    actual = torch.autograd.grad(out, leaves, grad_out)
+
+    exact = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    expected_out = reference(*arguments(exact, channels, states))
+    expected = torch.autograd.grad(expected_out, exact, grad_out.double().cpu())
+
+    tolerance = TOLERANCE[dtype]
+    assert error(out[..., :channels], expected_out[..., :channels]) < tolerance
+    assert error(out[..., channels:], expected_out[..., channels:]) < tolerance
+    for name, leaf, ours, theirs in zip(LEAVES, leaves, actual, expected, strict=True):
+        assert ours.dtype == leaf.dtype, name
+        assert error(ours, theirs) < tolerance, f"gradient of {name}"
+
+
+def error(actual, expected):
+    """NaN passes no comparison."""
+    scale = expected.norm().item()
+    return (actual.detach().double().cpu() - expected.detach()).norm().item() / (scale or 1.0)
+
+
+def divided(monkeypatch, block=None, chunk=None):
+    """Make the kernels divide the work so: channels and steps of a program."""
+
+    def plan(batch, length, channels, processors):
+        own = kernels_plan(batch, length, channels, processors)
+        b, c = block or own.block, chunk or own.chunk
+        return kernels.Plan(b, -(-channels // b), c, -(-length // c))
+
+    kernels_plan = kernels.plan
+    monkeypatch.setattr(kernels, "plan", plan)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """New buffers hold NaN, so that whatever is left unwritten shows."""
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the interpreter
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestInterpreted:
+    __test__ = INTERPRETED
+
+    @pytest.fixture(autouse=True, scope="class")
+    def faster_interpreter(self):
+        """Triton's interpreter patches triton.language again for every call within a kernel: half of its time."""
+        from triton.runtime import interpreter
+
+        patched = set()
+        start, patch = interpreter.GridExecutor.__call__, interpreter._patch_lang
+
+        def call_kernel(self, *args, **kwargs):
+            patched.clear()
+            return start(self, *args, **kwargs)
+
+        def call_function(self, *args, **kwargs):
+            if id(self.fn.__globals__) not in patched:
+                patched.add(id(self.fn.__globals__))
+                patch(self.fn)
+            return self.rewrite()(*args, **kwargs)
+
+        interpreter.GridExecutor.__call__ = call_kernel
+        interpreter.InterpretedFunction.__call__ = call_function
+
+    @pytest.mark.parametrize(
+        ("batch", "length", "channels", "dtype", "block", "chunk"),
+        [
+            (3, 1, 20, torch.float64, None, None),
+            (2, 7, 40, torch.float64, None, None),
+            (1, 49, 160, torch.float32, 64, None),
+            (1, 196, 392, torch.float32, 512, None),
+            # in chunks: one short of several, all full, many
+            (1, 49, 40, torch.float64, 64, 16),
+            (1, 48, 20, torch.float32, None, 24),
+            (1, 500, 20, torch.float32, None, 64),
+            (3, 7, 392, torch.bfloat16, 512, None),
+            (1, 49, 40, torch.bfloat16, 64, 8),
+        ],
+    )
+    def test_forward_and_gradients(self, monkeypatch, batch, length, channels, dtype, block, chunk):
+        divided(monkeypatch, block, chunk)
+        check(batch, length, channels, dtype)
+
+    @pytest.mark.parametrize(("chunk", "dtype"), [(None, torch.float64), (8, torch.float32)])
+    def test_long_steps_and_fast_decay(self, monkeypatch, chunk, dtype):
+        divided(monkeypatch, chunk=chunk)
+        check(1, 20, 20, dtype, longest_step=20.0, fastest_decay=64.0)
+
+    @pytest.mark.parametrize("states", [1, 16])
+    def test_numbers_of_states(self, monkeypatch, states):
+        divided(monkeypatch, chunk=8)
+        check(1, 11, 5, torch.float64, states=states)
+
+    def test_states_that_are_no_power_of_two(self):
+        _, inputs = make(1, 3, 4, torch.float32, states=6)
+        with pytest.raises(ValueError, match=r"power of two states.*got 6"):
+            kernels.scan(*inputs[:7])
+
+    @pytest.mark.parametrize("length", [1, 2, 17, 35])
+    def test_convolve(self, length):
+        x = torch.randn(3, length, 70, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(70, 1, 3, dtype=torch.float64, requires_grad=True)
+        y = kernels.convolve(x, weight)
+        expected = F.silu(F.conv1d(x.transpose(1, 2), weight, padding=1, groups=70)).transpose(1, 2)
+        grad = torch.randn_like(y)
+        assert error(y, expected) < 1e-12
+        gradients = torch.autograd.grad(y, (x, weight), grad), torch.autograd.grad(expected, (x, weight), grad)
+        for ours, theirs in zip(*gradients, strict=True):
+            assert error(ours, theirs) < 1e-12
+
+    @pytest.mark.parametrize("chunk", [None, 8])
+    def test_every_layout_gives_the_same(self, monkeypatch, chunk):
+        divided(monkeypatch, chunk=chunk)
+        leaves, inputs = make(2, 9, 20, torch.float32)
+        inputs = inputs[:7]
+        plain = kernels.scan(*(x.contiguous() for x in inputs))
+        columns = [x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim == 3 else x for x in inputs]
+        steps_first = [x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim == 3 else x for x in inputs]
+        for other in (inputs, columns, steps_first):
+            assert torch.equal(kernels.scan(*other), plain)
+        # a gradient without memory of its own, as sum() gives it
+        ours = torch.autograd.grad(kernels.scan(*inputs).sum(), leaves[:6])
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        theirs = torch.autograd.grad(selective_scan_reference(*arguments(exact, 20, 8)[:7]).sum(), exact[:6])
+        for name, a, b in zip(LEAVES[:6], ours, theirs, strict=True):
+            assert error(a, b) < 1e-5, name
+
+    @pytest.mark.parametrize("chunk", [None, 8])
+    def test_gradients_of_some_tensors_only(self, monkeypatch, chunk):
+        divided(monkeypatch, chunk=chunk)
+        leaves, inputs = make(1, 9, 20, torch.float64)
+        out = kernels.scan_concat(*inputs)
+        grad = torch.randn_like(out)
+        every = torch.autograd.grad(out, leaves, grad)
+        _, frozen = make(1, 9, 20, torch.float64)
+        frozen = [x.detach() for x in frozen]
+        for index, wanted in ((4, None), (5, 4), (8, 6)):  # C, D, weight
+            some = list(frozen)
+            some[index] = frozen[index].clone().requires_grad_()
+            (ours,) = torch.autograd.grad(kernels.scan_concat(*some), some[index], grad)
+            assert torch.equal(ours, every[3][..., -8:] if wanted is None else every[wanted])
+
+    def test_twice_gives_the_same_bits(self, monkeypatch):
+        divided(monkeypatch, chunk=8)
+        results = []
+        for _ in range(2):
+            leaves, inputs = make(2, 20, 40, torch.float32)
+            out = kernels.scan_concat(*inputs)
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
+    def test_empty(self, shape):
+        leaves, inputs = make(*shape, torch.float32)
+        out = kernels.scan_concat(*inputs)
+        assert out.shape == (*shape[:2], 16)
+        for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+            assert grad.shape == leaf.shape and not grad.any()
+
+    @pytest.mark.parametrize("far", ["sequences", "steps"])
+    def test_offsets_beyond_32_bits(self, monkeypatch, far):
+        from triton.runtime.interpreter import GridExecutor
+
+        # the memory is the kernels' own, and writing it back to itself would touch all of it
+        monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
+        divided(monkeypatch, chunk=8)
+        _, inputs = make(3, 10, 5, torch.float16)
+        inputs = [x.detach() for x in inputs]
+        parameters = [inputs[i].requires_grad_() for i in (2, 5, 8)]  # A, D, weight
+
+        def outputs(inputs):
+            out = kernels.scan_concat(*inputs)
+            return out, *torch.autograd.grad(out.float().sum(), parameters)
+
+        expected = outputs(inputs)
+        memory = torch.empty(2**31 + 2**12, dtype=torch.float16)  # reserved, but only used where it is written
+        # indices and strides that fit into 32 bits, and products that do not
+        strides = {"sequences": (2**30, 64, 1), "steps": (64, 2**31 // 9 + 1, 1)}[far]
+        for index in (0, 1, 3, 4, 7):  # u, dt, B, C, z
+            there = memory.as_strided(inputs[index].shape, strides)
+            there.copy_(inputs[index])
+            moved = outputs([*inputs[:index], there, *inputs[index + 1 :]])
+            assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)), f"argument {index}"
+
+    def test_operators_are_well_formed(self):
+        _, inputs = make(2, 3, 4, torch.float32)
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        torch.library.opcheck(kernels._scan, (*inputs, True))
+        torch.library.opcheck(kernels._scan, (*inputs[:7], None, None, True))
+        torch.library.opcheck(kernels._convolve, inputs[7:])
+
+    def test_compiles_to_one_graph(self):
+        def loss(*inputs):
+            convolved = kernels.convolve(inputs[0], inputs[8])
+            return kernels.scan_concat(convolved, *inputs[1:]).square().mean()
+
+        leaves, inputs = make(1, 5, 4, torch.float32)
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        expected = torch.autograd.grad(loss(*inputs), leaves)
+        for ours, theirs in zip(torch.autograd.grad(compiled(*inputs), leaves), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_runs_on_the_cpu(self):
+        assert kernels.runs_on(torch.device("cpu")) and not kernels.runs_on(torch.device("meta"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without the interpreter: the choice, what the loader sees, and compiled code
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def interpreter_process():
+    """Runs TestInterpreted beside the other tests of this file."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.usefixtures("interpreter_process")
+class TestChoice:
+    __test__ = not INTERPRETED
+
+    def test_covers_every_step_and_channel_once(self):
+        assert kernels._INTERVAL % kernels._STEPS == 0
+        sizes = ((1, 2, 7, 64, 128, 4096), (1, 7, 49, 196, 500, 1024, 12544), (20, 160, 392), (16, 132))
+        for batch, length, channels, processors in itertools.product(*sizes):
+            block, blocks, chunk, chunks = kernels.plan(batch, length, channels, processors)
+            assert (blocks - 1) * block < channels <= blocks * block
+            assert (chunks - 1) * chunk < length <= chunks * chunk
+            assert chunks == 1 or chunk % kernels._INTERVAL == 0
+
+    def test_sequences_that_fill_the_device_stay_whole(self):
+        assert kernels.plan(128, 196, 160, 132).chunks == 1
+        assert kernels.plan(128, 12544, 160, 132).chunks == 1
+
+    def test_short_sequences_stay_whole(self):
+        assert kernels.plan(1, 49, 160, 132).chunks == 1
+        assert kernels.plan(1, 196, 160, 132).chunks == 1
+
+    @pytest.mark.parametrize("length", [1024, 4096, 12544])
+    def test_few_long_sequences_are_cut(self, length):
+        _, blocks, chunk, chunks = kernels.plan(1, length, 160, 132)
+        assert blocks * chunks >= 0.5 * 132
+        assert chunk >= 64
+        smaller_device = kernels.plan(1, length, 160, 4)
+        assert smaller_device.chunks < chunks
+
+    def test_nothing_to_do(self):
+        assert kernels.plan(0, 0, 160, 132).chunks == 0
+
+    def test_does_not_run_on_the_cpu(self):
+        assert not kernels.runs_on(torch.device("cpu"))
+
+
+class TestLoading:
+    __test__ = not INTERPRETED
+
+    def test_remote_code_requires_torch_alone(self):
+        assert set(get_imports(ROOT / "selective_scan_triton.py")) <= {"torch", *sys.stdlib_module_names}
+
+    @pytest.mark.parametrize("version", [None, "3.2.0"])
+    def test_without_a_triton_that_serves(self, tmp_path, version):
+        if version:
+            (tmp_path / "triton").mkdir()
+            (tmp_path / "triton" / "__init__.py").write_text(f"__version__ = '{version}'\n")
+            (tmp_path / "triton" / "language.py").touch()
+        code = """
+import runpy, sys
+if sys.argv[2] == "None":
+    sys.modules["triton"] = None
+else:
+    import torch  # with the real one
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        del sys.modules[name]
+    sys.path.insert(0, sys.argv[3])
+try:
+    runpy.run_path(sys.argv[1])
+except ImportError as error:
+    print(error)
+"""
+        done = run_python(code, ROOT / "selective_scan_triton.py", version, tmp_path)
+        expected = "needs triton 3.3 or newer, got 3.2.0" if version else "needs triton: pip install triton"
+        assert expected in done.stdout and "backend='torch'" in done.stdout
+
+    def test_two_copies_live_side_by_side(self):
+        """As when two model folders are loaded, each with its own copy of the code."""
+        spec = importlib.util.spec_from_file_location("another_folder.scan", ROOT / "selective_scan_triton.py")
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        assert copy._NAMESPACE != kernels._NAMESPACE
+
+
+# What the compiler is told of each kernel: which arguments point to what. The rest are integers.
+INPUTS = ("u", "dt", "B", "C", "dt_bias", "x", "y", "W", "z", "weight", "grad_y", "grad_u", "grad_dt", "grad_x")
+EXACT = ("starts", "carries", "ends", "totals", "grad_weights", "grad_parameters", "grad_weight", "A", "D")
+SCAN = {"STATES": 8, "BLOCK": kernels._LANES, "STEPS": kernels._STEPS}
+TILE = {"STEPS": kernels._TILE["STEPS"], "BLOCK": kernels._TILE["BLOCK"]}
+VARIANTS = [
+    *(
+        ("_scan_kernel", {**SCAN, "INTERVAL": kernels._INTERVAL, "CHUNKED": c, "SAVE": s})
+        for c in (0, 1)
+        for s in (0, 1)
+    ),
+    *(("_scan_backward_kernel", {**SCAN, "INTERVAL": kernels._INTERVAL, "CHUNKED": c}) for c in (0, 1)),
+    *(("_chunk_ends_kernel", {**SCAN, "BACKWARD": b}) for b in (0, 1)),
+    *(("_carry_kernel", {**SCAN, "STEPS": 8, "BACKWARD": b}) for b in (0, 1)),
+    ("_convolve_kernel", TILE),
+    ("_convolve_backward_kernel", TILE),
+]
+
+
+def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", align=None):
+    """A kernel compiled for compute capability `arch`; its registers and bytes of stack (what registers spill to)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(kernels, name)
+    constants = {**constants, "COMPUTE": triton.language.float64 if exact == "fp64" else triton.language.float32}
+    if "ALIGN" in kernel.arg_names:
+        constants["ALIGN"] = align or 16
+    types = {n: f"*{inputs}" if n in INPUTS else f"*{exact}" if n in EXACT else integers for n in kernel.arg_names}
+    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
+    positions = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in (*EXACT, "y", "grad_u")}
+    source = ASTSource(kernel, signature, constexprs=positions, attrs=aligned)
+    warps = kernels._TILE["num_warps"] if "convolve" in name else kernels._OPTIONS["num_warps"]
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(compiled, folder):
+    """Registers of a thread, and bytes of its stack: what did not fit."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()))
+
+
+class TestCompiled:
+    __test__ = not INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def own_cache(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+    @pytest.mark.parametrize("arch", [80, 90])
+    @pytest.mark.parametrize(("name", "constants"), VARIANTS, ids=lambda x: x if isinstance(x, str) else "")
+    def test_every_kernel_compiles(self, tmp_path, arch, name, constants):
+        flags = {key: value for key, value in constants.items() if key in ("CHUNKED", "SAVE", "BACKWARD")}
+        for inputs in ("bf16", "fp32"):
+            compiled = compile_for(arch, name, constants, inputs)
+            registers, stack = resources(compiled, tmp_path)
+            print(f"sm_{arch} {name} {flags} {inputs}: {registers} registers, {stack} bytes spilled")
+            assert stack == 0
+            assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # their order would change the last digits
+
+    @pytest.mark.parametrize("integers", ["i32", "i64"])
+    def test_rows_that_no_vector_load_can_read_and_wide_strides(self, tmp_path, integers):
+        for name, constants in (VARIANTS[3], VARIANTS[5], VARIANTS[6]):
+            compiled = compile_for(90, name, constants, "bf16", integers=integers, align=2)
+            assert "ld.global" in compiled.asm["ptx"]
+
+    def test_aligned_rows_are_read_by_vector_loads(self):
+        loads = [
+            len(re.findall(r"ld\.global", compile_for(90, *VARIANTS[0], "bf16", align=align).asm["ptx"]))
+            for align in (2, 16)
+        ]
+        assert loads[0] - loads[1] == 2 * kernels._STEPS * 7  # one load for a row of B or C instead of eight
+
+    def test_double_precision_compiles(self):
+        for name, constants in (VARIANTS[3], VARIANTS[5], VARIANTS[10]):
+            compile_for(90, name, constants, "fp64", exact="fp64")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+class TestOnGpu:
+    __test__ = not INTERPRETED
+
+    @pytest.mark.usefixtures("poisoned")
+    @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+    @pytest.mark.parametrize("chunk", [None, 64])
+    @pytest.mark.parametrize("shape", [(3, 1, 20), (3, 7, 40), (5, 49, 320), (3, 196, 160), (1, 500, 392)])
+    def test_forward_and_gradients(self, monkeypatch, shape, chunk, dtype):
+        divided(monkeypatch, chunk=chunk)
+        check(*shape, dtype, device="cuda")
+
+    @pytest.mark.parametrize("chunk", [None, 64])
+    def test_long_steps_and_fast_decay(self, monkeypatch, chunk):
+        divided(monkeypatch, chunk=chunk)
+        check(3, 500, 40, torch.float32, longest_step=20.0, fastest_decay=64.0, device="cuda")
+
+    @pytest.mark.parametrize("shape", [(64, 196, 160), (1, 4096, 160)])
+    def test_twice_gives_the_same_bits(self, shape):
+        leaves, inputs = make(*shape, torch.bfloat16, device="cuda")
+        results = []
+        for _ in range(2):
+            out = kernels.scan_concat(*inputs)
+            results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def test_compiles_to_one_graph(self):
+        def loss(*inputs):
+            return kernels.scan_concat(kernels.convolve(inputs[0], inputs[8]), *inputs[1:]).float().square().mean()
+
+        leaves, inputs = make(2, 49, 40, torch.float32, device="cuda")
+        expected = torch.autograd.grad(loss(*inputs), leaves)
+        compiled = torch.compile(loss, fullgraph=True)
+        for ours, theirs in zip(torch.autograd.grad(compiled(*inputs), leaves), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_more_than_32_bits_of_elements(self):
+        if torch.cuda.get_device_properties(0).total_memory < 70e9:
+            pytest.skip("needs a GPU of 70 GB")
+        batch, length, channels = 1100, 12544, 160
+        assert batch * length * channels > 2**31
+        _, inputs = make(1, length, channels, torch.bfloat16, device="cuda", width=0)
+        u, dt, A, B, C, D, dt_bias = (x.detach() for x in inputs[:7])
+        repeated = [x.repeat(batch, 1, 1).requires_grad_() for x in (u, dt, B, C)]
+        y = kernels.scan(repeated[0], repeated[1], A, repeated[2], repeated[3], D, dt_bias)
+        assert torch.equal(y[0], y[-1]) and torch.equal(y[0], y[batch // 2])
+        for grad in torch.autograd.grad(y, repeated, torch.ones_like(y)):
+            assert torch.equal(grad[0], grad[-1]) and torch.equal(grad[0], grad[batch // 2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TestInItsOwnProcess:
+    __test__ = not INTERPRETED
+
+    def test_in_the_interpreter(self, interpreter_process):
+        numpy_version, triton_version = (
+            tuple(map(int, module.__version__.split(".")[:2])) for module in (numpy, triton)
+        )
+        if numpy_version >= (2, 5) and triton_version <= (3, 6):
+            pytest.skip(f"triton {triton.__version__}'s interpreter does not run under numpy {numpy.__version__}")
+        output, _ = interpreter_process.communicate(timeout=900)
+        assert interpreter_process.returncode == 0, output[-5000:]
+        assert re.search(r"\d+ passed", output) and "skipped" not in output, output[-5000:]
