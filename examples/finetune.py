@@ -24,6 +24,7 @@ on a CPU to the same weights, bit for bit. Images that cannot be read are skippe
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -111,6 +112,8 @@ def make_model(source: str | None, classes: list[str], recipe: dict):
         new |= labels
         config = configuration(**new) if variant is None else configuration.from_variant(variant, **new)
         model = load_class("modeling_mambavision.MambaVisionModelForImageClassification")(config)
+        if recipe["even_stem"]:
+            make_stem_even(model.model.patch_embed.conv_down)
     else:
         if new:
             raise ValueError(f"the recipe describes a new model: leave out --model {source}, or the recipe's model")
@@ -137,6 +140,22 @@ def make_model(source: str | None, classes: list[str], recipe: dict):
 
         model = add_lora(model, **recipe["lora"])
     return model
+
+
+def make_stem_even(stem) -> None:
+    """Start with equal features of an image, its negative, and its grey copy, where 0 is the middle grey.
+
+    The first convolution's filters look at brightness, and come in pairs of opposite sign; the second convolution adds
+    up what the pairs give. Training may undo this, but need not find it.
+    """
+    import torch
+
+    with torch.no_grad():
+        first, second = stem[0].weight, stem[3].weight
+        half = len(first) // 2
+        first.copy_(first.sum(1, keepdim=True).expand_as(first) / math.sqrt(first.shape[1]))
+        first[half : 2 * half] = -first[:half]
+        second[:, half : 2 * half] = second[:, :half]
 
 
 def new_head(model, source: str, classes: list[str]) -> None:

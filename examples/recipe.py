@@ -11,6 +11,7 @@ DEFAULTS = {
     "seed": 0,
     "validation": 0.1,  # part of the training images held out, where the data has no validation images of its own
     "model": None,  # configuration fields of a new model (and "variant": a published model to take the others from)
+    "even_stem": False,  # start a new model blind to colour and to inversion (see finetune.py)
     "config": {},  # configuration fields to change in a loaded model (or any), such as drop_path_rate
     "augmentation": {
         "crop": None,  # {"scale": [low, high], "ratio": [low, high]}: a random part of the image (else the middle)
@@ -27,6 +28,7 @@ DEFAULTS = {
         "mix_probability": 1.0,  # of mixing a batch, where mixup or cutmix is on
     },
     "label_smoothing": 0.0,
+    "optimizer": "adamw",  # or "muon": timm's, of matrices and kernels, with NAdamW of the rest
     "weight_decay": 0.05,  # of matrices and kernels; norms, biases, A_log, D and gammas have none
     "layer_decay": 1.0,  # factor of the learning rate from each block to the one before it
     "ema": 0.0,  # decay per step of the averaged weights, which are the ones validated and saved; 0 for no average
@@ -131,7 +133,7 @@ def _check(recipe: dict) -> None:
     for key in ("config", "training"):
         if not isinstance(recipe[key], dict):
             raise ValueError(f"{key} must be an object, got {recipe[key]!r}")
-    for key in ("freeze_backbone", "sync_batchnorm"):
+    for key in ("even_stem", "freeze_backbone", "sync_batchnorm"):
         if not isinstance(recipe[key], bool):
             raise ValueError(f"{key} must be true or false, got {recipe[key]!r}")
     for ranges, kind in ((NUMBERS, "a number"), (INTEGERS, "an integer"), (PAIRS, "a pair [low, high]")):
@@ -139,9 +141,13 @@ def _check(recipe: dict) -> None:
             value, default = _at(recipe, key), _at(DEFAULTS, key)
             if (value, default) != (None, None) and not _is(kind, value, low, high):
                 raise ValueError(f"{key} must be {kind} in {low} ... {high}, got {value!r}")
+    if recipe["optimizer"] not in ("adamw", "muon"):
+        raise ValueError(f"optimizer must be adamw or muon, got {recipe['optimizer']!r}")
     augmentation = recipe["augmentation"]
     if augmentation["crop"] and (augmentation["rescale"] or augmentation["shift"]):
         raise ValueError("augmentation.crop cannot go together with shift and rescale: it does both already")
+    if recipe["even_stem"] and recipe["model"] is None:
+        raise ValueError("even_stem is for a new model, and the recipe has no model")
     if recipe["lora"] and recipe["freeze_backbone"]:
         raise ValueError("lora and freeze_backbone exclude each other: LoRA freezes the backbone and adapts it")
     existing = {field.name for field in fields(TrainingArguments) if field.init} - {"output_dir"}

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from augmentation import EpochOrder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
 class RecipeTrainer(Trainer):
@@ -58,8 +59,11 @@ class RecipeTrainer(Trainer):
             groups = parameter_groups(
                 self.model, self.args.learning_rate, recipe["weight_decay"], recipe["layer_decay"]
             )
-            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer(groups, **settings)
+            if recipe["optimizer"] == "muon":
+                self.optimizer = muon(groups, self.args)
+            else:
+                optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = optimizer(groups, **settings)
         return self.optimizer
 
     def _get_train_sampler(self, *args):
@@ -147,7 +151,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float) -> list[dict]:
-    """AdamW's groups of the parameters that are trained, the head's first.
+    """The optimizer's groups of the parameters that are trained, the head's first.
 
     Weight decay is for matrices and kernels only: not for norms, biases, gammas and the recurrence's A_log and D.
     The learning rate falls by `layer_decay` from each block to the one before it, the head having all of it.
@@ -160,9 +164,22 @@ def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float
             "params": [],
             "weight_decay": weight_decay if decays else 0.0,
             "lr": learning_rate * layer_decay ** (top - depth),
+            "use_fallback": not decays,  # to NAdamW, where the optimizer is Muon
         }
         groups.setdefault((-depth, not decays), group)["params"].append(parameters[name])
     return [groups[key] for key in sorted(groups)]
+
+
+def muon(groups: list[dict], args: TrainingArguments) -> torch.optim.Optimizer:
+    """timm's Muon (https://kellerjordan.github.io/posts/muon) for matrices and kernels, NAdamW for the rest.
+
+    Its steps are scaled to be as long as AdamW's, so learning rates carry over.
+    """
+    from timm.optim import muon as timm_muon  # timm 1.0.20
+
+    if args.device.type == "cpu":  # its products are in bfloat16, which takes 20 times as long without instructions
+        timm_muon.zeropower_via_newtonschulz = partial(timm_muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    return timm_muon.Muon(groups, nesterov=True, betas=(args.adam_beta1, args.adam_beta2))
 
 
 def _depth(name: str, model: nn.Module) -> int:

@@ -975,15 +975,18 @@ if sys.argv[5] == "moments":
     prepare(True)
     begin = time.monotonic()
     os.waitpid(start([other, work / "out", "--overwrite"]), 0)
-    duration = time.monotonic() - begin
-    for i in range(20):
-        existing = i % 2 == 0
+    duration, kills = time.monotonic() - begin, 0
+    while kills < 20:
+        existing = kills % 2 == 0
         prepare(existing)
         child = start([other, work / "out", "--overwrite"])
-        time.sleep(duration * random.uniform(0, 1.05))
+        time.sleep(duration * random.random())
         os.kill(child, signal.SIGKILL)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         print(existing, killed, state(work / "out"), *recovered())
+        kills += killed
+        if not killed:  # it ended first: the machine is less busy than when its duration was taken
+            duration *= 0.8
 else:
     for existing in (True, False):
         line = 0
@@ -1031,7 +1034,7 @@ def _kills(tmp_path, checkpoint, exchange: str, when: str) -> list[tuple[str, st
 
 def test_killed_at_twenty_random_moments(tmp_path, checkpoint):
     kills = _kills(tmp_path, checkpoint, "exchange", "moments")
-    assert len(kills) == 20 and sum(killed == "True" for _, killed, *_ in kills) >= 10
+    assert sum(killed == "True" for _, killed, *_ in kills) == 20
 
 
 @pytest.mark.parametrize("exchange", ["exchange", "two renames"])

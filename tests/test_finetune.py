@@ -167,7 +167,8 @@ def test_linear_probe_and_lora(digits_folder, tmp_path, command):
 
 def test_killed_training_goes_on_to_the_same_weights(fashion, tmp_path):
     arguments = ["--data", fashion, "--recipe", recipe_file(tmp_path), "--set", "training.save_strategy=steps",
-                 "--set", "training.save_steps=3", "--set", "training.gradient_accumulation_steps=2"]  # fmt: skip
+                 "--set", "training.save_steps=3", "--set", "training.gradient_accumulation_steps=2",
+                 "--set", "optimizer=muon"]  # fmt: skip
     whole = start(tmp_path / "whole", *arguments)
     killed = start(tmp_path / "killed", *arguments)  # 5 steps in an epoch: step 6 is the first of the second
     while not (tmp_path / "killed" / "checkpoint-6" / "trainer_state.json").exists():
@@ -315,11 +316,43 @@ def test_parameter_groups(small_config):
     }.items():
         assert found[f"model.{name}"] == expected, name
     assert groups[0]["lr"] == 1.0  # the one that the log names
+    assert all(group["use_fallback"] == (group["weight_decay"] == 0) for group in groups)
     model.requires_grad_(False)
     model.model.head.requires_grad_(True)
     groups = training.parameter_groups(model, 1.0, 0.05, 0.5)
     assert [len(group["params"]) for group in groups] == [1, 1]
     assert training.frozen_modules(model) == [model.model.patch_embed, *[model.model.levels], model.model.norm]
+
+
+def test_muon_turns_matrices_and_kernels(tiny_trainer):
+    """Its steps are orthogonal matrices, of the length that AdamW's have; the other parameters' steps are NAdam's."""
+    trainer = tiny_trainer(optimizer="muon", weight_decay=0.0, layer_decay=1.0)
+    optimizer = trainer.create_optimizer()
+    parameters = dict(trainer.model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    torch.manual_seed(0)
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for name in ("levels.0.blocks.0.conv2.weight", "levels.2.blocks.0.mlp.fc1.weight", "levels.3.blocks.0.mixer.A_log"):
+        step = (parameters[f"model.{name}"] - before[f"model.{name}"]).detach().flatten(1) / 3e-3
+        if name.endswith("A_log"):
+            torch.testing.assert_close(step.abs(), torch.full_like(step, 1.9), rtol=1e-3, atol=0)  # 1 + beta1
+        else:
+            lengths = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
+            assert ((lengths > 0.6) & (lengths < 1.3)).all(), lengths
+
+
+def test_even_stem_sees_neither_inversion_nor_hue():
+    recipe = recipes.read(None, ["even_stem=true", f"model={json.dumps(TINY)}"])
+    model = finetune.make_model(None, ["cat", "dog"], recipe).eval()
+    grey = torch.rand(2, 1, 32, 32) * 2 - 1
+    colours = torch.tensor([1.5, 0.2, 1.3]).view(1, 3, 1, 1)  # of the same brightness
+    with torch.no_grad():
+        expected = model(grey.expand(-1, 3, -1, -1)).logits
+        assert expected.std() > 0 and not torch.allclose(expected[0], expected[1])
+        for images in (-grey.expand(-1, 3, -1, -1), grey * colours):
+            torch.testing.assert_close(model(images).logits, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_rate_warms_up_and_falls_to_its_minimum(tiny_trainer):
@@ -434,6 +467,8 @@ def test_wrong_settings_are_named(fashion, tmp_path, command):
         ([*base, "--set", "seed=-1"], "seed must be an integer in 0 ... 2147483647, got -1"),
         ([*base, "--set", "lora.rank=0"], "lora.rank must be an integer in 1"),
         ([*base, "--set", "ema=1"], "ema must be a number in 0 ... 0.999999, got 1"),
+        ([*base, "--set", "optimizer=adam"], "optimizer must be adamw or muon, got 'adam'"),
+        ([*base, "--set", "model=null", "--set", "even_stem=true"], "even_stem is for a new model"),
         ([*base, "--set", "freeze_backbone=maybe"], "freeze_backbone must be true or false, got 'maybe'"),
         ([*base, "--set", "training.learning_rate=[1]"], "training.learning_rate must be a number"),
         ([*base, "--lora", "4", "--freeze-backbone"], "exclude each other"),
