@@ -175,7 +175,10 @@ def muon(groups: list[dict], args: TrainingArguments) -> torch.optim.Optimizer:
 
     Its steps are scaled to be as long as AdamW's, so learning rates carry over.
     """
-    from timm.optim import muon as timm_muon  # timm 1.0.20
+    try:
+        from timm.optim import muon as timm_muon
+    except ImportError as error:
+        raise ImportError("optimizer muon needs a newer timm: pip install -U timm") from error
 
     if args.device.type == "cpu":  # its products are in bfloat16, which takes 20 times as long without instructions
         timm_muon.zeropower_via_newtonschulz = partial(timm_muon.zeropower_via_newtonschulz, dtype=torch.float32)

@@ -48,8 +48,10 @@ def test_measured_figures_are_those_of_the_results_file():
     assert weights["sha256"] == hashlib.sha256(content).hexdigest(), "measure again: see examples/evaluate.py"
     assert RESULTS["count"] == 10_000 and RESULTS["data"] == "Fashion-MNIST, test images"
     figures = [row[1] for row in table("Measured here")]
-    assert figures[:3] == [
+    variants = [RESULTS["variants"][name]["accuracy"] for name in ("inverted", "coloured", "inverted and coloured")]
+    assert figures[:4] == [
         f"{100 * RESULTS['accuracy']:.2f} %",
+        ", ".join(f"{100 * accuracy:.2f}" for accuracy in variants) + " %",
         f"{RESULTS['weights']['parameters'] / 1e6:.2f} M parameters, {len(content) / 1e6:.1f} MB",
         f"{RESULTS['images_per_second']:.0f} images/s",
     ]
