@@ -21,6 +21,8 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 # PIL's resampling filters by the names that timm gives them
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 _T = dict(dim=80, in_dim=32, depths=[1, 3, 8, 4], num_heads=[2, 4, 8, 16], drop_path_rate=0.2, layer_scale=None)
 _T2 = dict(_T, depths=[1, 3, 11, 4], crop_pct=0.98)
 _S = dict(_T, dim=96, in_dim=64, depths=[3, 3, 7, 5], crop_pct=0.93)
@@ -129,8 +131,10 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
         out_norm=False,
         **kwargs,
     ):
+        in_chans, resolution = kwargs.pop("num_channels", in_chans), kwargs.pop("image_size", resolution)
         if kwargs.get("id2label") is None and kwargs.get("num_labels") is None:
             kwargs["num_labels"] = 1000
+        _check_labels(kwargs.get("num_labels"), kwargs.get("id2label"))
         kwargs.pop("stage_names", None)  # follow from the architecture
         # all of them, whichever class saves the configuration: a fine-tuned classifier is a feature extractor too
         self.auto_map = {**AUTO_MAP, **(kwargs.pop("auto_map", None) or {})}
@@ -154,7 +158,7 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
         self.interpolation = interpolation
         self.out_norm = out_norm
         self.stage_names = ["stage1", "stage2", "stage3", "stage4"]
-        self._validate()
+        self.validate_settings()
         self._set_out_stages(out_features, out_indices)
 
     @classmethod
@@ -211,6 +215,12 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
         return {**super().to_diff_dict(), "id2label": self.id2label, "label2id": self.label2id}
 
     def _set_out_stages(self, out_features, out_indices):
+        for field, value, known in (
+            ("out_features", out_features, self.stage_names),
+            ("out_indices", out_indices, list(range(-4, 4))),
+        ):
+            if value is not None and not (isinstance(value, (list, tuple)) and all(v in known for v in value)):
+                raise ValueError(f"{field} must be a list of {known}, got {value!r}")
         if out_features is not None:
             self.out_features = _plain_list(out_features)  # the mixin's setters keep the two aligned
             if out_indices is not None and [i % 4 for i in out_indices] != [i % 4 for i in self.out_indices]:
@@ -218,7 +228,8 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
         else:
             self.out_indices = out_indices
 
-    def _validate(self):
+    def validate_settings(self) -> None:
+        """Raises ValueError for what no model can have; the message names the field and the value."""
         for field in ("dim", "in_dim", "resolution", "in_chans"):
             value = getattr(self, field)
             if not _is_count(value):
@@ -256,8 +267,21 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
             raise ValueError(f"crop_mode must be 'center' or 'squash', got {self.crop_mode!r}")
         if not (_is_number(self.crop_pct) and 0 < self.crop_pct <= 1):
             raise ValueError(f"crop_pct must be a number in (0, 1], got {self.crop_pct!r}")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(
+                f"problem_type must be None or one of {', '.join(PROBLEM_TYPES)}, got {self.problem_type!r}"
+            )
         if self.interpolation not in RESAMPLE:
             raise ValueError(f"interpolation must be one of {', '.join(RESAMPLE)}, got {self.interpolation!r}")
+
+
+def _check_labels(num_labels, id2label) -> None:
+    if num_labels is not None and num_labels != 0 and not _is_count(num_labels):
+        raise ValueError(f"num_labels must be a number of classes, got {num_labels!r}")
+    if id2label is not None:
+        indices = {str(i) for i in range(len(id2label))} if isinstance(id2label, dict) else None
+        if indices is None or {str(key) for key in id2label} != indices:
+            raise ValueError(f"id2label must be a dictionary from 0, 1, ... to labels, got {str(id2label)[:100]}")
 
 
 def _plain_list(value):

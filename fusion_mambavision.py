@@ -23,14 +23,21 @@ def fused_copy(model: nn.Module) -> nn.Module:
         raise ValueError("fuse() is for inference, and this model is in training mode: call model.eval() first")
     fused = copy.deepcopy(model).requires_grad_(False)
     stem, norm, head = fused.model.patch_embed.conv_down, fused.model.norm, fused.model.head
-    for i in (0, 3):
+    for i in (0, 3) if isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
+        if not (_is_plain(stem[i]) and _is_plain(stem[i + 1]) and type(stem[i + 2]) is nn.ReLU):
+            continue
         stem[i] = _with_activation(fuse_conv_bn_eval(stem[i], stem[i + 1]), stem[i + 2])
         stem[i + 1], stem[i + 2] = nn.Identity(), nn.Identity()
     for level in fused.model.levels:
         for block in level.blocks:
-            _fuse_conv_block(block) if level.conv else _fuse_token_block(block)
-    if isinstance(norm, nn.BatchNorm2d) and _is_plain(head):  # the average between them is linear
+            if all(_is_plain(getattr(block, name, None)) for name in ("conv1", "norm1", "conv2", "norm2")):
+                _fuse_conv_block(block)
+            elif hasattr(block, "mixer") and hasattr(block, "mlp"):
+                _fuse_token_block(block)
+    if _is_plain(norm) and _is_plain(head):  # the average between them is linear
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        if head.bias is None:
+            head.bias = nn.Parameter(head.weight.new_zeros(len(head.weight)), requires_grad=False)
         head.bias += head.weight @ (norm.bias - norm.running_mean * scale)
         head.weight *= scale
         fused.model.norm = nn.Identity()
@@ -68,8 +75,8 @@ def _fuse_token_block(block: nn.Module) -> None:
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
-    """Whether a linear layer is torch's own, neither quantised, adapted nor hooked."""
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+    """Whether a layer is torch's own, neither quantised, adapted nor hooked: the others stay as they are."""
+    if type(layer) not in (nn.Linear, nn.Conv2d, nn.BatchNorm2d) or type(layer.weight) is not nn.Parameter:
         return False
     return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 

@@ -18,7 +18,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputWithNoAttention
 from transformers.utils import ModelOutput
 
@@ -168,8 +167,13 @@ def _silu_convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 def _is_plain(conv: nn.Module) -> bool:
     """Whether a convolution may be computed by other means than calling it: nobody replaced or hooked it."""
-    hooked = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or "forward" in vars(conv)
-    return type(conv) is nn.Conv1d and not hooked and not is_traced_for_export()
+    if type(conv) is not nn.Conv1d or is_traced_for_export():
+        return False
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3,), (1,), (1,), (1,))
+    depthwise = conv.groups == conv.in_channels == conv.out_channels
+    usual = shape and depthwise and conv.bias is None and conv.padding_mode == "zeros"
+    return usual and not any(hooks) and "forward" not in conv.__dict__
 
 
 class Attention(nn.Module):
@@ -362,6 +366,10 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules = ["A_log", "D"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
 
+    def __init__(self, config: MambaVisionConfig, *args, **kwargs):
+        config.validate_settings()  # once more: what `from_pretrained` is given is set after the construction
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """transformers' `from_pretrained`; `in_chans` may differ from the checkpoint's (see `set_input_channels`)."""
@@ -396,22 +404,29 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
 
         One channel: the sum of the kernels over the channels, so that a grey image gives what its RGB copy gave.
         More: the kernels repeated in order and scaled by old / new count, which keeps the size of the response.
+        The configuration's mean and std go along: averaged, or repeated.
 
         Raises:
             ValueError: `in_chans` is not a positive integer.
         """
-        if not isinstance(in_chans, int) or in_chans < 1:
+        if not isinstance(in_chans, int) or isinstance(in_chans, bool) or in_chans < 1:
             raise ValueError(f"in_chans must be a positive integer, got {in_chans!r}")
         stem = self.model.patch_embed.conv_down
-        old = stem[0].weight.detach()
-        count = old.shape[1]
+        old = stem[0]
+        kernels, count = old.weight.detach().float(), old.in_channels
         if in_chans == 1:
-            weight = old.float().sum(1, keepdim=True)
+            kernels = kernels.sum(1, keepdim=True)
         else:
-            weight = old.float().repeat(1, -(-in_chans // count), 1, 1)[:, :in_chans] * (count / in_chans)
-        stem[0] = nn.Conv2d(in_chans, old.shape[0], 3, 2, 1, bias=False, device=old.device, dtype=old.dtype)
-        stem[0].weight.data.copy_(weight)
+            kernels = kernels.repeat(1, -(-in_chans // count), 1, 1)[:, :in_chans] * (count / in_chans)
+        new = copy.deepcopy(old)
+        new.in_channels = in_chans
+        new.weight = nn.Parameter(kernels.to(old.weight.dtype), requires_grad=old.weight.requires_grad)
+        stem[0] = new
         self.config.in_chans = in_chans
+        for name in ("mean", "std"):
+            values = getattr(self.config, name)
+            values = [sum(values) / len(values)] if in_chans == 1 else (values * in_chans)[:in_chans]
+            setattr(self.config, name, values)
 
     def fuse(self):
         """A copy for inference, with every BatchNorm folded into its neighbour, and activations into their layers.
@@ -550,11 +565,9 @@ class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
         Raises:
             TypeError, ValueError: the inputs are not such tensors. Class indices are looked at on the CPU only.
         """
-        if labels is not None:
-            labels = self._checked_labels(labels, pixel_values)
         maps = self.model.forward_maps(pixel_values)
         logits = self.model.head(self.model.pool(maps[-1]))
-        loss = None if labels is None else ForSequenceClassificationLoss(labels, logits, self.config)
+        loss = None if labels is None else self._loss(logits, labels)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output = ImageClassifierOutputWithNoAttention(
@@ -564,27 +577,39 @@ class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _checked_labels(self, labels: Tensor, pixel_values: Tensor) -> Tensor:
-        """Labels of the shape and dtype that the loss takes: of the kind that `problem_type`, or their dtype, says."""
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of transformers' classifiers, for as many classes as the head has: it may be one put there later."""
         if not isinstance(labels, Tensor):
             raise TypeError(f"labels must be a torch.Tensor, got {type(labels).__name__}")
-        kind, count, batch = self.config.problem_type, self.config.num_labels, len(pixel_values)
-        if kind is None and count > 1:
+        if labels.is_complex():
+            raise TypeError(f"labels must be real numbers, got {labels.dtype}")
+        kind, (batch, count) = self.config.problem_type, logits.shape
+        if kind is None and count == 1:
+            kind = "regression"
+        elif kind is None:
             kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-        if kind != "single_label_classification":
-            shapes = [(batch, count), (batch,)] if count == 1 else [(batch, count)]
+        if kind == "single_label_classification":
+            loss = F.cross_entropy(logits, self._checked_classes(labels, batch, count).to(logits.device))
+        else:
+            shapes = [(batch, 1), (batch,)] if count == 1 else [(batch, count)]
             if tuple(labels.shape) not in shapes:
                 raise ValueError(f"labels must have shape {shapes[0]}, got {tuple(labels.shape)}")
-            return labels.to(torch.promote_types(labels.dtype, torch.float32))
+            labels = labels.to(logits.device, torch.promote_types(labels.dtype, torch.float32)).view_as(logits)
+            distance = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+            loss = distance(logits, labels)
+        self.config.problem_type = kind  # saved with the weights: it tells pipelines what the logits are
+        return loss
+
+    @staticmethod
+    def _checked_classes(labels: Tensor, batch: int, count: int) -> Tensor:
         if labels.is_floating_point() or labels.shape not in ((batch,), (batch, 1)):
             raise ValueError(f"labels must be {batch} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
-        if (
-            labels.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # elsewhere looking would stall the device
+        labels = labels.long().view(-1)
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # a look would stall other devices
             wrong = labels[((labels < 0) | (labels >= count)) & (labels != -100)]
             if len(wrong):
                 raise ValueError(f"labels must be in 0 ... {count - 1} (or -100), got {wrong[0].item()}")
-        return labels.long()
+        return labels
 
 
 class MambaVisionBackbone(BackboneMixin, MambaVisionPreTrainedModel):

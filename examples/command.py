@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -42,7 +43,10 @@ def run(main) -> None:
     except ModuleNotFoundError as error:
         package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
         sys.exit(f"error: this needs the package {package}: pip install {package}" if package else f"error: {error}")
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at the end fails again
+        sys.exit(1)
+    except (OSError, ValueError, ImportError, FloatingPointError, RuntimeError) as error:  # torch's own are the last
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -218,6 +218,7 @@ def test_grey_images_give_what_their_rgb_copies_gave(small_folder):
     expected = model(grey.expand(-1, 3, -1, -1)).pooler_output
     model.set_input_channels(1)
     torch.testing.assert_close(model(grey).pooler_output, expected, rtol=1e-4, atol=1e-5)
+    assert len(model.config.mean) == len(model.config.std) == 1
     with pytest.raises(ValueError, match="in_chans must be a positive integer, got 0"):
         model.set_input_channels(0)
 
@@ -289,6 +290,13 @@ WRONG_SETTINGS = [
     ("out_norm", 1),
     ("out_features", ["stem"]),
     ("out_indices", [4]),
+    ("out_indices", 3),
+    ("out_indices", ["0"]),
+    ("num_labels", -1),
+    ("num_labels", "5"),
+    ("id2label", ["a"]),
+    ("id2label", {0: "a", 2: "b"}),
+    ("problem_type", "ranking"),
 ]
 
 
@@ -298,6 +306,19 @@ def test_wrong_configuration_values_are_named(field, value):
         MambaVisionConfig(**{field: value})
     shown = value[0] if field == "out_features" else value
     assert field in str(caught.value) and (repr(shown) in str(caught.value) or str(shown) in str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "field, value", [("window_size", [4, 4, 0, 2]), ("depths", [1, 2, 4]), ("drop_path_rate", 2.0), ("qkv_bias", "no")]
+)
+def test_wrong_values_given_while_loading_are_named(small_folder, field, value):
+    with pytest.raises(ValueError, match=field):
+        AutoModel.from_pretrained(small_folder, trust_remote_code=True, **{field: value})
+
+
+def test_transformers_names_of_fields():
+    config = MambaVisionConfig(num_channels=1, image_size=96, num_labels=2)
+    assert (config.in_chans, config.resolution) == (config.num_channels, config.image_size) == (1, 96)
 
 
 def test_variants_have_the_published_settings():

@@ -1,9 +1,11 @@
 """The function that the model computes: against the published package, recorded and live, and at the edges."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import FIXTURES, SHAPES
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
@@ -236,10 +238,12 @@ def test_every_parameter_gets_a_gradient(small_config):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(classifier, use_reentrant):
     """Loss, gradients and BatchNorm's statistics, under stochastic depth."""
-    states = []
+    states, calls = [], Counter()
     for module in classifier.modules():
         if isinstance(module, DropPath):
             module.rate = 0.3
+        if type(module).__name__ in ("ConvBlock", "TokenBlock"):
+            module.register_forward_pre_hook(lambda module, *_: calls.update([type(module).__name__]))
     start = {name: t.clone() for name, t in classifier.state_dict().items()}
     pixel_values, labels = image((4, 3, 64, 64)), torch.tensor([0, 1, 2, 3])
     for checkpointing in (False, True):
@@ -250,12 +254,34 @@ def test_gradient_checkpointing_changes_nothing(classifier, use_reentrant):
             assert classifier.is_gradient_checkpointing
         classifier.train()
         torch.manual_seed(3)
+        calls.clear()
         loss = classifier(pixel_values, labels=labels).loss
         loss.backward()
+        # the convolution blocks' BatchNorm would count its batch twice
+        assert calls == {"ConvBlock": 2, "TokenBlock": 10 if checkpointing else 5}
         gradients = {name: p.grad.clone() for name, p in classifier.named_parameters()}
         statistics = {name: b.clone() for name, b in classifier.named_buffers()}
         states.append((loss.detach(), gradients, statistics))
     torch.testing.assert_close(states[1], states[0])
+
+
+@pytest.mark.parametrize("name", ["conv1d_x", "conv1d_z"])
+@pytest.mark.parametrize(
+    "change",
+    [dict(bias=True), dict(dilation=2, padding=2), dict(padding_mode="circular"), dict(kernel_size=5, padding=2)],
+)
+@torch.no_grad()
+def test_another_convolution_in_the_mixer_is_called(name, change):
+    torch.manual_seed(0)
+    mixer, x, seen = MambaVisionMixer(32), torch.randn(2, 9, 32), []
+    nn.init.normal_(mixer.A_log)
+    nn.init.normal_(mixer.D)
+    conv = nn.Conv1d(16, 16, **{**dict(kernel_size=3, padding=1, groups=16, bias=False), **change})
+    setattr(mixer, name, conv)
+    value = mixer(x)
+    conv.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(value, mixer(x))
+    assert seen
 
 
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1000), (torch.float16, 1)])
@@ -337,3 +363,16 @@ def test_fused_copy_leaves_quantised_and_hooked_layers_alone(classifier):
         expected = classifier(pixel_values).logits
         value = classifier.fuse()(pixel_values).logits
     assert (value - expected).abs().max() < 1e-4 * expected.std() and len(called) == 2
+
+
+def test_fused_copy_leaves_replaced_and_hooked_convolutions_alone(classifier):
+    pixel_values, net, called = image((2, 3, 64, 64)), classifier.model, []
+    net.head = nn.Linear(net.head.in_features, 4, bias=False)
+    net.patch_embed.conv_down[0] = nn.Sequential(net.patch_embed.conv_down[0])
+    net.levels[0].blocks[0].conv1.register_forward_hook(lambda module, inputs, output: called.append(1) or 2 * output)
+    with torch.no_grad():
+        expected = classifier(pixel_values).logits
+        fused = classifier.fuse()
+        value, again = fused(pixel_values).logits, fused.fuse()(pixel_values).logits
+    assert (value - expected).abs().max() < 1e-4 * expected.std() and len(called) == 3
+    assert torch.equal(value, again)

@@ -504,6 +504,25 @@ def test_head_replaced(classifiers):
     agree(program, classifiers)
 
 
+@pytest.mark.parametrize("count", [3, 20])
+def test_head_replaced_and_trained_by_the_models_own_loss(classifiers, count):
+    def program(model):
+        model.model.head = new_head(model.model.head.in_features, count)
+        loss = model(X, labels=torch.tensor([0, count - 1]))["loss"]
+        loss.backward()
+        return loss, model.model.head.weight.grad
+
+    agree(program, classifiers)
+
+
+def test_head_replaced_by_one_for_regression(classifiers):
+    model = copy.deepcopy(classifiers[0])
+    model.model.head = new_head(model.model.head.in_features, 1)
+    labels = torch.tensor([0.5, -2.0])
+    output = model(X, labels=labels)
+    torch.testing.assert_close(output.loss, ((output.logits[:, 0] - labels) ** 2).mean())
+
+
 def test_head_replaced_by_a_deeper_one(classifiers):
     """Plant diseases: a head of several layers, with BatchNorm and dropout, in the place of the linear one."""
 
