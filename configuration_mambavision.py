@@ -219,7 +219,7 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
             ("out_features", out_features, self.stage_names),
             ("out_indices", out_indices, list(range(-4, 4))),
         ):
-            if value is not None and not (isinstance(value, (list, tuple)) and all(v in known for v in value)):
+            if value is not None and not (isinstance(value, (list, tuple, range)) and all(v in known for v in value)):
                 raise ValueError(f"{field} must be a list of {known}, got {value!r}")
         if out_features is not None:
             self.out_features = _plain_list(out_features)  # the mixin's setters keep the two aligned

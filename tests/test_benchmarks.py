@@ -168,14 +168,14 @@ def test_ratios_are_formed_within_the_rounds():
 
 
 @linux
-@pytest.mark.parametrize("megabytes", [8, 100])
+@pytest.mark.parametrize("megabytes", [30, 100])
 def test_peak_memory_of_a_call(megabytes):
     def call():
         kept = torch.ones(megabytes * 125_000)  # half of it for good, half for the product
         return (kept * 2).sum()
 
     call()
-    assert common.peak_memory(call, "cpu") == pytest.approx(megabytes * 1e6, rel=0.15, abs=3e6)
+    assert common.peak_memory(call, "cpu") == pytest.approx(megabytes * 1e6, abs=5e6)
 
 
 def test_openmp_does_not_spin_for_any_contender():
