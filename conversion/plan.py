@@ -203,7 +203,8 @@ def _settings_beside_the_weights(source: Source, variant: str, notes: list[str])
     if source.config.get("model_type") != "mambavision":
         return {}
     published = MambaVisionConfig(num_labels=1, **VARIANTS[variant])
-    names = ("window_size", "resolution", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+    names = ("num_heads", "window_size", "resolution", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+    names += ("drop_path_rate", "problem_type")
     other = {n: source.config[n] for n in names if n in source.config and source.config[n] != getattr(published, n)}
     if not other:
         return {}

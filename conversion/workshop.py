@@ -94,6 +94,8 @@ class Workshop:
             os.close(self.lock)
 
     def _remove(self) -> None:
+        if self.old.exists() and not self.target.exists():
+            self.old.rename(self.target)  # an error between the two renames of `publish`
         for folder in (self.new, self.old):
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):

@@ -299,11 +299,12 @@ def test_wrong_variants_are_refused():
 
 def test_settings_of_a_fine_tuned_folder_are_kept(tmp_path):
     folder = _save_file(tmp_path / "model.safetensors", small_weights()).parent
-    settings = {"model_type": "mambavision", "resolution": 96, "window_size": [8, 8, 6, 3], "mean": [0.1, 0.2, 0.3]}
+    settings = {"model_type": "mambavision", "resolution": 96, "window_size": [8, 8, 6, 3], "mean": [0.1, 0.2, 0.3],
+                "num_heads": [1, 1, 4, 8], "drop_path_rate": 0.35}  # fmt: skip
     labels = {str(i): f"kind {i}" for i in range(5)}
     (folder / "config.json").write_text(json.dumps({**settings, "id2label": labels}))
     run = converted(folder, tmp_path / "out" / "deep")
-    assert "note: kept from its config.json, other than in MambaVision-Small-1K: window_size, resolution" in run.err
+    assert "note: kept from its config.json, other than in MambaVision-Small-1K: num_heads, window_size, resolution" in run.err
     config = json.loads((tmp_path / "out" / "deep" / "config.json").read_text())
     assert {name: config[name] for name in settings} == settings
     assert config["id2label"] == labels
@@ -882,6 +883,28 @@ def test_a_link_keeps_pointing_at_the_new_folder(checkpoint, tmp_path):
     assert_holds(tmp_path / "real", small_weights(1))
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_error_between_the_two_renames_leaves_the_old_folder(tmp_path, monkeypatch, error):
+    from repository.conversion import workshop as module
+
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    monkeypatch.setattr(module, "exchange", lambda a, b: False)
+    rename = Path.rename
+
+    def fails(path, other):
+        if path.name == "mambavision":
+            raise error
+        return rename(path, other)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(error), module.Workshop(target, overwrite=True) as workshop:
+        (workshop.new / "config.json").write_text("new")
+        workshop.publish()
+    assert (target / "config.json").read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
 def test_a_planted_link_in_the_workshops_place_is_not_followed(checkpoint, tmp_path):
     (tmp_path / "victim" / "mambavision").mkdir(parents=True)
     (tmp_path / "victim" / "mambavision" / "precious").touch()
@@ -1088,7 +1111,7 @@ def test_terminated_it_clears_up(tmp_path, checkpoint):
     (tmp_path / "work").mkdir()
     command = [sys.executable, str(ROOT / "convert_checkpoint.py"), str(big), str(tmp_path / "work" / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "work" / ".out.partial" / "mambavision").exists():
+    while process.poll() is None and not (tmp_path / "work" / ".out.partial" / "mambavision" / "model.safetensors").exists():
         pass
     process.terminate()
     _, err = process.communicate(timeout=60)
