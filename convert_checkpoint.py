@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import types
+import zipfile
 from pathlib import Path
 
 
@@ -40,6 +41,9 @@ from .conversion.workshop import Workshop
 
 
 __version__ = "1.0.0"
+
+# What libraries also raise over broken archives and numbers beyond all bounds
+OF_HOSTILE_FILES = (zipfile.BadZipFile, RuntimeError, ArithmeticError, MemoryError)
 
 
 def convert(args: argparse.Namespace) -> str:
@@ -177,8 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         print(convert(args))
         if args.push_to_hub:
             print(push(Path(args.output), args.push_to_hub, args.private))
-    except (ConversionError, OSError, ValueError, ImportError) as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
+    except (ConversionError, OSError, ValueError, ImportError, *OF_HOSTILE_FILES) as error:
+        print(f"error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

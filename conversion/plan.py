@@ -292,7 +292,7 @@ def read_labels(path: Path) -> list[str]:
                 labels = labels.get("id2label", labels)
                 labels = [labels[str(i)] for i in range(len(labels))]
         else:
-            labels = path.read_text(encoding="utf-8").splitlines()
+            labels = path.read_text(encoding="utf-8-sig").splitlines()
         if not isinstance(labels, list) or not labels or not all(isinstance(x, str) and x.strip() for x in labels):
             raise ValueError("it must name each class, none empty")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -304,7 +304,8 @@ def test_settings_of_a_fine_tuned_folder_are_kept(tmp_path):
     labels = {str(i): f"kind {i}" for i in range(5)}
     (folder / "config.json").write_text(json.dumps({**settings, "id2label": labels}))
     run = converted(folder, tmp_path / "out" / "deep")
-    assert "note: kept from its config.json, other than in MambaVision-Small-1K: num_heads, window_size, resolution" in run.err
+    kept = "num_heads, window_size, resolution, mean, drop_path_rate"
+    assert f"note: kept from its config.json, other than in MambaVision-Small-1K: {kept}" in run.err
     config = json.loads((tmp_path / "out" / "deep" / "config.json").read_text())
     assert {name: config[name] for name in settings} == settings
     assert config["id2label"] == labels
@@ -766,6 +767,7 @@ def test_a_tensor_in_two_shards(tmp_path):
         ("[" * 200_000, ["config.json"]),
         ('{"model_type": "mambavision", "window_size": [8, 8, 1000000, 7]}', ["larger than any"]),
         ('{"model_type": "mambavision", "window_size": "a"}', ["window_size"]),
+        ('{"model_type": "mambavision", "resolution": 1' + "0" * 400 + "}", ["too large"]),
         ('{"model_type": "mambavision", "resolution": -3}', ["resolution"]),
         ('{"model_type": "mambavision", "crop_pct": 1e-320}', ["larger than any"]),
         ('{"model_type": "mambavision", "std": [0, 0, 0]}', ["std"]),
@@ -1111,7 +1113,8 @@ def test_terminated_it_clears_up(tmp_path, checkpoint):
     (tmp_path / "work").mkdir()
     command = [sys.executable, str(ROOT / "convert_checkpoint.py"), str(big), str(tmp_path / "work" / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "work" / ".out.partial" / "mambavision" / "model.safetensors").exists():
+    weights = tmp_path / "work" / ".out.partial" / "mambavision" / "model.safetensors"
+    while process.poll() is None and not weights.exists():
         pass
     process.terminate()
     _, err = process.communicate(timeout=60)
