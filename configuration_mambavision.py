@@ -98,7 +98,7 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
         out_norm: whether `MambaVisionBackbone` normalises each map with a LayerNorm over its channels, as the
             published detection and segmentation backbones do.
         kwargs: `num_labels` or `id2label` (1000 labels where neither is given), and all that transformers'
-            `PretrainedConfig` takes.
+            `PretrainedConfig` takes; `num_channels` and `image_size` are its names of `in_chans` and `resolution`.
 
     Raises:
         ValueError: a value that no model can have; the message names the field and the value.

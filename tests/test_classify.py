@@ -42,6 +42,11 @@ def says(done, *words: str) -> bool:
     return all(word in done.stderr for word in words)
 
 
+def test_scan_that_cannot_run_ends_in_one_line(monkeypatch):
+    monkeypatch.setenv("MAMBAVISION_SCAN", "mamba_ssm")
+    assert says(classify(IMAGES / "bag.png", check=False), "mamba_ssm", "cannot run")
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A folder of the default model's files, for tests that break them."""

@@ -454,7 +454,8 @@ class TestCompiled:
             compiled = compile_for(arch, name, constants, inputs)
             registers, stack = resources(compiled, tmp_path)
             print(f"sm_{arch} {name} {flags} {inputs}: {registers} registers, {stack} bytes spilled")
-            assert stack <= 16  # bytes of a thread: none with Triton 3.9, 8 in one kernel with 3.8
+            # Triton 3.8 puts one register of one kernel on the stack
+            assert stack == 0 or (stack == 8 and triton.__version__.startswith("3.8."))
             assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # their order would change the last digits
 
     @pytest.mark.parametrize("integers", ["i32", "i64"])
