@@ -247,6 +247,8 @@ def _plan_dense(source: Source, variant: str, in_chans: int, labels, notes: list
         "image_std": backbone.std,
     }
     if backbone_only:
+        if labels is not None:
+            raise ConversionError("--labels names classes, and a backbone has none: leave it out")
         left_out = HEADS[model["method"]]
         if _method(source):
             notes.append(f"converted the backbone only, not {', '.join(left_out).replace('.', '')}")

@@ -323,6 +323,8 @@ def test_other_classes_get_their_labels(mmseg_heads, small_dense, tmp_path):
         labels = json.loads((tmp_path / name / "config.json").read_text())["id2label"]
         assert len(labels) == 3 and labels["0"] == first
     assert convert(path, tmp_path / "no", "--variant", "MambaVision-T-1K").err.startswith("error: --variant")
+    run = convert(path, tmp_path / "no", "--backbone-only", "--labels", tmp_path / "labels.txt")
+    assert run.code and "error: --labels names classes, and a backbone has none" in run.err
 
 
 def test_without_the_auxiliary_head(mmseg_heads, small_dense, tmp_path):
