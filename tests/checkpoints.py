@@ -5,8 +5,10 @@ import contextlib
 import io
 import sys
 import types
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from conftest import SHAPES, SMALL
 from repository import convert_checkpoint
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import MambaVisionModelForImageClassification
-from weights import filled
+from weights import fill, filled
 
 
 # The settings of `SMALL` as if they were a published variant, so that most tests convert 0.3 M parameters.
@@ -53,7 +55,15 @@ def small_weights(seed: int = 0, **overrides) -> dict[str, torch.Tensor]:
 
 
 def published_weights(variant: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    return filled(SHAPES[variant], seed)
+    """As `filled`, but the large matrices by torch's generator, which is five times as fast as NumPy's."""
+
+    def tensor(name, shape):
+        if np.prod(shape) < 2**16:
+            return fill(name, shape, seed)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        return torch.randn(shape, generator=generator).div_(np.sqrt(np.prod(shape[1:])))
+
+    return {name: tensor(name, shape) for name, shape in SHAPES[variant].items()}
 
 
 def shapes_only(shapes: dict) -> dict[str, torch.Tensor]:
@@ -140,7 +150,8 @@ for folder in map(Path, sys.argv[2:]):
 @torch.inference_mode()
 def outputs_of_the_published_package(module, variant: str, weights: dict, pixels: torch.Tensor) -> dict:
     settings = {name: value for name, value in VARIANTS[variant].items() if name not in ("crop_pct", "crop_mode")}
-    model = module.MambaVision(**{"window_size": [8, 8, 14, 7], "mlp_ratio": 4, **settings}).eval()
+    with patch.object(torch.nn.init, "kaiming_uniform_"), patch.object(module, "trunc_normal_"):  # all of it is loaded
+        model = module.MambaVision(**{"window_size": [8, 8, 14, 7], "mlp_ratio": 4, **settings}).eval()
     model.load_state_dict(weights, assign=True)
     maps = {}
     for i, level in enumerate(model.levels):
