@@ -941,27 +941,23 @@ def test_two_runs_to_one_target_exclude_each_other(checkpoint, tmp_path):
     converted(checkpoint, tmp_path / "out")
 
 
-# Forks from a process that has imported everything, so that a run takes a fraction of a second. argv: source, work
-# folder, whether folders can be exchanged. Every line printed is one kill.
+# Forks from a process that has imported everything, so that a run takes a fraction of a second. argv: source, another,
+# work folder. Every line printed is one kill.
 KILLS = (
     CONVERT_SMALL
     + """
 import os, random, shutil, signal, time
 from pathlib import Path
-from repository.conversion import workshop
 
-source, other, work, atomic = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4] == "exchange"
-if not atomic:
-    workshop.exchange = lambda a, b: False
+source, other, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 sys.stderr = open(os.devnull, "w")
 
 
-def start(arguments, trace=None):
+def start(*arguments):
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr
-        sys.settrace(trace)
-        os._exit(convert_checkpoint.main([str(argument) for argument in arguments]))
+        os._exit(convert_checkpoint.main([other, str(work / "out"), *arguments]))
     return child
 
 
@@ -990,66 +986,33 @@ def prepare(existing):
         shutil.copytree(work / "old", work / "out")
 
 
-def recovered():
-    # the next run, which may not overwrite, finds the target as it should be and clears up
-    code = os.waitpid(start([other, work / "out", "--no-verify"]), 0)[1]
-    return state(work / "out"), sorted(path.name for path in work.iterdir())
-
-
-if sys.argv[5] == "moments":
-    prepare(True)
-    begin = time.monotonic()
-    os.waitpid(start([other, work / "out", "--overwrite"]), 0)
-    duration, kills = time.monotonic() - begin, 0
-    while kills < 20:
-        existing = kills % 2 == 0
-        prepare(existing)
-        child = start([other, work / "out", "--overwrite"])
-        time.sleep(duration * random.random())
-        os.kill(child, signal.SIGKILL)
-        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        print(existing, killed, state(work / "out"), *recovered())
-        kills += killed
-        if not killed:  # it ended first: the machine is less busy than when its duration was taken
-            duration *= 0.8
-else:
-    for existing in (True, False):
-        line = 0
-        while True:
-            line += 1
-            prepare(existing)
-            left = line
-
-            def trace(frame, event, argument):
-                global left
-                if not frame.f_code.co_filename.endswith("workshop.py"):
-                    return None
-                if event == "line":
-                    left -= 1
-                    if left == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                return trace
-
-            killed = os.WIFSIGNALED(os.waitpid(start([other, work / "out", "--no-verify", "--overwrite"], trace), 0)[1])
-            print(existing, killed, state(work / "out"), *recovered())
-            if not killed:
-                break
+prepare(True)
+begin = time.monotonic()
+os.waitpid(start("--overwrite"), 0)
+duration, kills = time.monotonic() - begin, 0
+while kills < 20:
+    existing = kills % 2 == 0
+    prepare(existing)
+    child = start("--overwrite")
+    time.sleep(duration * random.random())
+    os.kill(child, signal.SIGKILL)
+    killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    killed_at = state(work / "out")
+    os.waitpid(start("--no-verify"), 0)  # the next run, which may not overwrite, finds the target as it was; clears up
+    print(existing, killed, killed_at, state(work / "out"), sorted(path.name for path in work.iterdir()))
+    kills += killed
+    if not killed:  # it ended first: the machine is less busy than when its duration was taken
+        duration *= 0.8
 """
 )
 
 
-def _kills(tmp_path, checkpoint, exchange: str, when: str) -> list[tuple[str, str, str, str]]:
-    other = save(checkpoint.parent / "other.pth", {"state_dict": small_weights(1)})
-    (tmp_path / "work").mkdir()
-    # of a copy of the repository: the folders are compared byte for byte, whatever is edited meanwhile
-    only_converter = shutil.ignore_patterns(".*", "tests", "examples", "benchmarks", "demo", "*.safetensors")
-    shutil.copytree(ROOT, tmp_path / "repository", ignore=only_converter)
-    code = KILLS.replace(repr(str(ROOT)), repr(str(tmp_path / "repository")))
-    done = run_python(code, checkpoint, other, tmp_path / "work", exchange, when, OMP_NUM_THREADS="1")
-    kills = [line.split(" ", 4) for line in done.stdout.splitlines() if not line.startswith("wrote ")]
+def assert_old_or_new(lines: list[str], two_renames: bool = False) -> list[list[str]]:
+    """Of each kill: was there a folder, was the run killed, and the target's state then and after the next run."""
+    kills = [line.split(" ", 4) for line in lines if not line.startswith("wrote ")]
     for existing, _, before, after, left in kills:
         allowed = {"old", "new"} if existing == "True" else {"absent", "new"}
-        if exchange != "exchange" and existing == "True":
+        if two_renames and existing == "True":
             allowed.add("absent")  # between two renames; the next run puts the old folder back
         assert before in allowed
         assert after in ({"old", "new"} if existing == "True" else {"new"})
@@ -1058,13 +1021,96 @@ def _kills(tmp_path, checkpoint, exchange: str, when: str) -> list[tuple[str, st
 
 
 def test_killed_at_twenty_random_moments(tmp_path, checkpoint):
-    kills = _kills(tmp_path, checkpoint, "exchange", "moments")
+    other = save(checkpoint.parent / "other.pth", {"state_dict": small_weights(1)})
+    (tmp_path / "work").mkdir()
+    # of a copy of the repository: the folders are compared byte for byte, whatever is edited meanwhile
+    only_converter = shutil.ignore_patterns(".*", "tests", "examples", "benchmarks", "demo", "*.safetensors")
+    shutil.copytree(ROOT, tmp_path / "repository", ignore=only_converter)
+    code = KILLS.replace(repr(str(ROOT)), repr(str(tmp_path / "repository")))
+    done = run_python(code, checkpoint, other, tmp_path / "work", OMP_NUM_THREADS="1")
+    kills = assert_old_or_new(done.stdout.splitlines())
     assert sum(killed == "True" for _, killed, *_ in kills) == 20
 
 
+# The workshop alone, which needs no torch: each run is a fork of a few milliseconds. argv: work folder, whether folders
+# can be exchanged, the signal. Every line printed is one signal.
+AT_EVERY_LINE = f"""
+import os, shutil, signal, sys, types
+from pathlib import Path
+package = types.ModuleType("conversion")
+package.__path__ = [{str(ROOT / "conversion")!r}]
+sys.modules["conversion"] = package
+from conversion import workshop
+
+work, atomic, number = Path(sys.argv[1]), sys.argv[2] == "exchange", signal.Signals[sys.argv[3]]
+if not atomic:
+    workshop.exchange = lambda a, b: False
+for name in ("old", "new"):
+    (work / name).mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (work / name / file).write_text(name)
+
+
+def run(overwrite, trace=None):
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # as the command does
+    sys.stderr = open(os.devnull, "w")
+    code = 1
+    try:
+        sys.settrace(trace)
+        with workshop.Workshop(work / "out", overwrite) as made:
+            shutil.copytree(work / "new", made.new, dirs_exist_ok=True)
+            made.publish()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def state(folder):
+    if not folder.exists():
+        return "absent"
+    content = [path.read_text() for path in folder.iterdir()]
+    return content[0] if len(content) == 2 and content[0] == content[1] else "half"
+
+
+for existing in (True, False):
+    line, reached = 0, True
+    while reached:
+        line += 1
+        shutil.rmtree(work / "out", ignore_errors=True)
+        if existing:
+            shutil.copytree(work / "old", work / "out")
+        left, reader, writer = line, *os.pipe()
+
+        def trace(frame, event, argument):
+            global left
+            if not frame.f_code.co_filename.endswith("workshop.py"):
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    os.write(writer, b"x")
+                    os.kill(os.getpid(), number)
+            return trace
+
+        ended = run(True, trace)
+        os.close(writer)
+        reached = os.read(reader, 1) == b"x"
+        os.close(reader)
+        before, beside = state(work / "out"), sorted(path.name for path in work.iterdir())
+        if number is signal.SIGKILL:
+            run(False)
+            beside = sorted(path.name for path in work.iterdir())
+        print(existing, ended != 0, before, state(work / "out"), beside)
+"""
+
+
 @pytest.mark.parametrize("exchange", ["exchange", "two renames"])
-def test_killed_at_every_line_of_publishing(tmp_path, checkpoint, exchange):
-    kills = _kills(tmp_path, checkpoint, exchange, "lines")
+def test_killed_at_every_line_of_publishing(tmp_path, exchange):
+    lines = run_python(AT_EVERY_LINE, tmp_path, exchange, "SIGKILL").stdout.splitlines()
+    kills = assert_old_or_new(lines, two_renames=exchange != "exchange")
     assert len(kills) > 40
     states = {(existing, before) for existing, _, before, *_ in kills}
     assert {("True", "old"), ("True", "new"), ("False", "absent"), ("False", "new")} <= states
