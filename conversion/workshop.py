@@ -5,6 +5,8 @@ import ctypes
 import errno
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 from .errors import ConversionError
@@ -30,6 +32,9 @@ class Workshop:
         self.new = self.path / "mambavision"  # transformers names the modules by the folder that it loads
         self.old = self.path / "replaced"
         self.created: list[Path] = []
+        self.lock: int | None = None
+        self.ours = False  # whether the workshop is this run's to clear away
+        self.held = contextlib.ExitStack()  # the signals, from publishing to leaving
 
     def __enter__(self) -> "Workshop":
         """
@@ -37,61 +42,79 @@ class Workshop:
             ConversionError: the target is there and not to be overwritten, or another run is making it.
             OSError: the workshop cannot be made.
         """
-        self.created = [parent for parent in reversed(self.target.parents) if not parent.exists()]
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self._remove_created)
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            on_error.callback(self._remove)
-            if self.old.exists() and not self.target.exists():
-                self.old.rename(self.target)  # a run was killed between the two renames of `publish`
-            for leftover in (self.new, self.old):
-                if leftover.exists():
-                    shutil.rmtree(leftover)
-            self._check_target()
-            self.new.mkdir()
-            on_error.pop_all()
-        return self
+        try:
+            with _signals_wait():
+                self._open()
+            return self
+        except BaseException:
+            self._close(published=False)
+            raise
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._remove()
-        if kind is not None:
-            self._remove_created()
+        self._close(published=kind is None)
 
     def publish(self) -> None:
         """Put the new folder in the target's place, when all of it has reached the disk."""
         for file in self.new.iterdir():
             with file.open("r+b") as written:
                 os.fsync(written.fileno())
-        if not self.target.exists():
-            self.new.rename(self.target)
+        self.held.enter_context(_signals_wait())
+        if not self.overwrite and os.name == "nt" and self.target.exists():
+            self.target.rmdir()  # Windows renames nothing onto an empty folder
+        if not self.overwrite or not self.target.exists():
+            self.new.rename(self.target)  # fails where something has come into an empty folder meanwhile
         elif not exchange(self.new, self.target):
             self.target.rename(self.old)
             self.new.rename(self.target)
 
+    def _open(self) -> None:
+        self.created = [parent for parent in reversed(self.target.parents) if not parent.exists()]
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        if self.old.exists() and not self.target.exists():
+            self.old.rename(self.target)  # a run was killed between the two renames of `publish`
+        for leftover in (self.new, self.old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        self._check_target()
+        self.new.mkdir()
+
     def _check_target(self) -> None:
-        if self.target.exists():
-            if not self.overwrite:
-                raise ConversionError(f"{self.target} exists: choose another folder, or replace it with --overwrite")
-            if not (self.target / "config.json").is_file():
-                raise ConversionError(f"{self.target} is not a model's folder, and --overwrite replaces nothing else")
+        if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
+            return  # an empty folder holds nothing to lose
+        if not self.overwrite:
+            raise ConversionError(f"{self.target} exists: choose another folder, or replace it with --overwrite")
+        if not (self.target / "config.json").is_file():
+            raise ConversionError(f"{self.target} is not a model's folder, and --overwrite replaces nothing else")
 
     def _lock(self) -> None:
-        while True:
+        while not self.ours:
             self.path.mkdir(exist_ok=True)
             if fcntl is None:
+                self.ours = True
                 return
-            self.lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(self.lock).st_ino == self.path.stat().st_ino:
-                    return
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.ours = os.fstat(lock).st_ino == self.path.stat().st_ino
             except FileNotFoundError:
                 pass  # the run before has just removed the workshop: make it anew
             except BlockingIOError:
-                os.close(self.lock)
                 raise ConversionError(f"another conversion to {self.target} is running") from None
-            os.close(self.lock)
+            finally:
+                if self.ours:
+                    self.lock = lock
+                else:
+                    os.close(lock)
+
+    def _close(self, published: bool) -> None:
+        with self.held, _signals_wait():
+            if self.ours:
+                self._remove()
+            if not published:
+                for parent in reversed(self.created):
+                    with contextlib.suppress(OSError):  # it is in use by now
+                        parent.rmdir()
 
     def _remove(self) -> None:
         if self.old.exists() and not self.target.exists():
@@ -100,13 +123,28 @@ class Workshop:
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
-        if fcntl is not None:
+        if self.lock is not None:
             os.close(self.lock)
 
-    def _remove_created(self) -> None:
-        for parent in reversed(self.created):
-            with contextlib.suppress(OSError):  # it is in use by now
-                parent.rmdir()
+
+@contextlib.contextmanager
+def _signals_wait():
+    """Ctrl-C and SIGTERM take effect after the block: their exception within it would leave the workshop behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no signal's handler runs in this thread
+        return
+    arrived = []
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not None:  # of another language's code: not to be put back from here
+            handlers[number] = signal.signal(number, lambda number, frame: arrived.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
 
 
 def exchange(a: Path, b: Path) -> bool:
@@ -127,6 +165,7 @@ def exchange(a: Path, b: Path) -> bool:
     else:
         return False
     code = ctypes.get_errno()
-    if failed and code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+    # EPERM is also how a sandbox refuses a call that it does not know; where it means the folders, renaming says so too
+    if failed and code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EXDEV):
         raise OSError(code, os.strerror(code), str(b))
     return not failed

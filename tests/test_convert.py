@@ -1,5 +1,7 @@
 """The converter: published formats in, repository folders out; and every way in which that can go wrong."""
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -876,6 +878,51 @@ def test_only_a_models_folder_is_ever_replaced(checkpoint, tmp_path):
         assert_fails_and_leaves_nothing(out, ["lies in"], source, out, "--overwrite")
 
 
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+def test_an_empty_folder_is_used(tmp_path, options):
+    from repository.conversion.workshop import Workshop
+
+    target = tmp_path / "out"
+    target.mkdir()
+    with Workshop(target, bool(options)) as workshop:
+        (workshop.new / "config.json").write_text("new")
+        workshop.publish()
+    assert (target / "config.json").read_text() == "new" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_fills_up_meanwhile_is_kept(tmp_path):
+    from repository.conversion.workshop import Workshop
+
+    target = tmp_path / "out"
+    target.mkdir()
+    with pytest.raises(OSError), Workshop(target, overwrite=False) as workshop:
+        (target / "thesis.txt").write_text("mine")
+        workshop.publish()
+    assert (target / "thesis.txt").exists() and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV, errno.EACCES])
+def test_folders_are_renamed_where_they_cannot_be_exchanged(tmp_path, monkeypatch, code):
+    from repository.conversion import workshop as module
+
+    def refuses(*arguments):
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda *a, **o: types.SimpleNamespace(renameat2=refuses))
+    if code == errno.EACCES:
+        with pytest.raises(PermissionError):
+            module.exchange(tmp_path / "a", tmp_path / "b")
+    else:
+        assert not module.exchange(tmp_path / "a", tmp_path / "b")
+
+
+def test_links_that_go_round(checkpoint, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert_error(convert(tmp_path / "loop", tmp_path / "out"), "loop")
+    assert_error(convert(checkpoint, tmp_path / "loop"), "loop")
+
+
 def test_a_link_keeps_pointing_at_the_new_folder(checkpoint, tmp_path):
     converted(checkpoint, tmp_path / "real")
     (tmp_path / "link").symlink_to("real")
@@ -1114,6 +1161,17 @@ def test_killed_at_every_line_of_publishing(tmp_path, exchange):
     assert len(kills) > 40
     states = {(existing, before) for existing, _, before, *_ in kills}
     assert {("True", "old"), ("True", "new"), ("False", "absent"), ("False", "new")} <= states
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_interrupted_at_every_line_of_publishing(tmp_path, number):
+    """Whatever is interrupted clears up itself, without a next run, and never loses the old folder."""
+    lines = run_python(AT_EVERY_LINE, tmp_path, "two renames", number).stdout.splitlines()
+    assert len(lines) > 80
+    for line in lines:
+        existing, _, state, _, left = line.split(" ", 4)
+        assert state in ({"old", "new"} if existing == "True" else {"absent", "new"}), line
+        assert left == ("['new', 'old']" if state == "absent" else "['new', 'old', 'out']"), line
 
 
 FULL_DISK = (
