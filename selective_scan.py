@@ -99,7 +99,7 @@ def scan_concat(
 def backend_on(device: torch.device, backend: str = "auto") -> str:
     """The backend that `selective_scan` takes for tensors on a device; arguments and errors as there."""
     if backend == "auto":
-        backend = os.environ.get("MAMBAVISION_SCAN", "auto")
+        backend = os.environ.get("MAMBAVISION_SCAN") or "auto"
     return choose_backend(backend, device.type, lambda name: _failure(name, device))
 
 
