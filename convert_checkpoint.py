@@ -57,8 +57,8 @@ def convert(args: argparse.Namespace) -> str:
     origin = Path(args.source).resolve()
     if origin.exists() and target in (origin, *origin.parents):
         raise ConversionError(f"{args.source} lies in {args.output}, whose place the result takes: choose another")
-    if args.push_to_hub:
-        check_hub(args.push_to_hub)
+    if args.push_to_hub is not None:
+        check_hub(args.push_to_hub, args.private)
     if args.verify_against_official:
         import_official()
     labels = read_labels(args.labels) if args.labels else None
@@ -115,8 +115,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_hub(repo_id: str) -> None:
-    """Before any work: can this be a repository's name, and is there a token?
+def check_hub(repo_id: str, private: bool) -> None:
+    """Before any work: will the Hub take the folder, as far as can be known?
 
     Raises:
         ConversionError: no.
@@ -124,9 +124,25 @@ def check_hub(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ConversionError(f"--push-to-hub {repo_id}: {first_sentence(error)}") from error
+        raise ConversionError(f"--push-to-hub {repo_id!r}: {first_sentence(error)}") from error
     if not huggingface_hub.get_token():
         raise ConversionError("--push-to-hub needs a Hugging Face token: log in with `hf auth login`, or set HF_TOKEN")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise ConversionError("--push-to-hub needs the Hub, which HF_HUB_OFFLINE forbids to ask: unset it")
+    api = huggingface_hub.HfApi()
+    try:
+        owner = api.whoami()["name"]
+        name = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
+        public = private and api.repo_exists(name) and not api.repo_info(name).private
+    except Exception as error:  # of the network, the Hub, the token: each with its own class
+        raise ConversionError(
+            f"--push-to-hub: the Hub does not answer, or not to this token (`hf auth login` takes a new one):"
+            f" {first_sentence(error)}"
+        ) from error
+    if public:
+        raise ConversionError(
+            f"--private: {name} is there and public: make it private in its settings, or choose another name"
+        )
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:
@@ -136,10 +152,14 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         ConversionError: the Hub does not take it.
     """
     api = huggingface_hub.HfApi()
+    # What an earlier upload left would be loaded with this one's files, or instead of them.
+    weights = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
     try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(folder_path=folder, repo_id=url.repo_id, commit_message="Converted weights")
-    except Exception as error:  # of the network, the Hub, the token: each with its own class
+        url = api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the owner's settings say
+        api.upload_folder(
+            folder_path=folder, repo_id=url.repo_id, commit_message="Converted weights", delete_patterns=weights
+        )
+    except Exception as error:  # as above
         raise ConversionError(f"{folder} is written, but its upload failed: {first_sentence(error)}") from error
     return str(url)
 
@@ -166,11 +186,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-verify", action="store_true", help="do not load the folder back")
     parser.add_argument("--verify-against-official", action="store_true", help="compare with the mambavision package")
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload the folder to this Hub repository")
-    parser.add_argument("--private", action="store_true", help="create that repository as a private one")
+    parser.add_argument("--private", action="store_true", help="make that repository a private one")
     args = parser.parse_args(argv)
     if args.no_verify and args.verify_against_official:
         parser.error("--no-verify and --verify-against-official exclude each other")
-    if args.private and not args.push_to_hub:
+    if args.private and args.push_to_hub is None:
         parser.error("--private is about the repository of --push-to-hub, which is not given")
     return args
 
@@ -179,8 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         print(convert(args))
-        if args.push_to_hub:
-            print(push(Path(args.output), args.push_to_hub, args.private))
+        if args.push_to_hub is not None:
+            print(push(Path(args.output).resolve(), args.push_to_hub, args.private))
     except (ConversionError, OSError, ValueError, ImportError, *OF_HOSTILE_FILES) as error:
         print(f"error: {one_line(str(error)) or type(error).__name__}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from .errors import ConversionError, first_sentence, listed, size
 
@@ -80,8 +81,9 @@ def _read_folder(source: str, folder: Path, ema: bool) -> Source:
     elif index.is_file() and not ema:
         files = _shards(index)
     else:
-        kinds = ["*.pth.tar", "*.pth"] if ema else ["*.safetensors", "*.pth.tar", "*.pth", "*.bin"]
-        files = next((found for kind in kinds if (found := sorted(folder.glob(kind)))), [])
+        kinds = [".pth.tar", ".pth", ".ckpt"] if ema else [".safetensors", ".pth.tar", ".pth", ".ckpt", ".bin"]
+        inside = sorted(folder.iterdir())
+        files = next((found for kind in kinds if (found := [p for p in inside if p.name.lower().endswith(kind)])), [])
         if len(files) != 1:
             there = listed(file.name for file in files) or "none"
             raise ConversionError(f"{source} must hold one checkpoint, and holds {there}: name the file itself")
@@ -103,7 +105,7 @@ def _shards(index: Path) -> list[Path]:
 def _read_files(source: str, files: list[Path], config: dict, ema: bool) -> Source:
     tensors, stamps = {}, [_stamp(path) for path in files]
     for path in files:
-        part = _read_safetensors(path, ema) if path.suffix == ".safetensors" else _read_pickle(path, ema)
+        part = _read_safetensors(path, ema) if _is_safetensors(path) else _read_pickle(path, ema)
         if twice := sorted(tensors.keys() & part.keys()):
             raise ConversionError(f"{source} holds {listed(twice)} in {path.name} and in another file")
         tensors.update(part)
@@ -116,7 +118,7 @@ def _read_files(source: str, files: list[Path], config: dict, ema: bool) -> Sour
     claimed, stored = sum(t.nbytes for t in tensors.values()), sum(path.stat().st_size for path in files)
     if claimed > stored:
         raise ConversionError(f"the tensors of {source} claim {size(claimed)}, and its files hold {size(stored)}")
-    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().resolve_neg() for name, tensor in tensors.items()}  # no minus that is still to do
     return Source(source, files, without_prefixes(tensors), config, stamps)
 
 
@@ -131,6 +133,12 @@ def without_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name or its start, the header's length and the header: files of the Hub's cache have no suffix."""
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 def _read_safetensors(path: Path, ema: bool) -> dict[str, torch.Tensor]:
@@ -172,6 +180,7 @@ STAND_INS = [
         "numpy._core.multiarray": "scalar _reconstruct",
         "numpy.dtypes": "Float32DType Float64DType Int64DType",
         "pathlib": "Path PosixPath WindowsPath",
+        "pathlib._local": "Path PosixPath WindowsPath",  # Python 3.13's
     }.items()
     for name in names.split()
 ]
@@ -181,7 +190,7 @@ def _read_pickle(path: Path, ema: bool) -> dict:
     """The weights in a file of torch.save, by torch's unpickler that builds tensors and calls nothing else."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
-        _refuse_zip_bombs(path)
+        _check_archive(path)
     others = torch.serialization.get_safe_globals()  # of the process: neither to meet the stand-ins nor to replace them
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(STAND_INS)
@@ -208,16 +217,28 @@ def _read_pickle(path: Path, ema: bool) -> dict:
     raise ConversionError(f"{path} has no weights under {' or '.join(keys)}, only {listed(saved) or 'nothing'}")
 
 
-def _refuse_zip_bombs(path: Path) -> None:
-    """torch.save compresses nothing, and no two of its entries share bytes."""
+def _check_archive(path: Path) -> None:
+    """torch.save compresses nothing, no two of its entries share bytes, and their checksums are right.
+
+    What is memory-mapped is read past the archive's checksums.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise ConversionError(f"{path} is a broken zip archive: {first_sentence(error)}") from error
-    stored = sum(entry.file_size for entry in entries)
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or stored > path.stat().st_size:
-        raise ConversionError(f"{path} unpacks to {size(stored)}, more than it holds: no checkpoint of torch.save")
+            stored = sum(entry.file_size for entry in entries)
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or stored > path.stat().st_size:
+                raise ConversionError(
+                    f"{path} unpacks to {size(stored)}, more than it holds: no checkpoint of torch.save"
+                )
+            with tqdm(total=stored, desc="checking", unit="B", unit_scale=True, delay=1) as bar:
+                for entry in entries:
+                    if entry.CRC == 0:
+                        continue  # torch computes none after set_crc32_options(False)
+                    with archive.open(entry) as content:
+                        while block := content.read(2**22):
+                            bar.update(len(block))
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ConversionError(f"{path} is damaged, copy or download it again: {first_sentence(error)}") from error
 
 
 def read_json(path: Path):
@@ -228,6 +249,6 @@ def read_json(path: Path):
     try:
         if path.stat().st_size > 2**26:
             raise ValueError(f"it has {size(path.stat().st_size)}")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not the JSON file it should be: {first_sentence(error)}") from error

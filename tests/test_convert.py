@@ -1,5 +1,6 @@
 """The converter: published formats in, repository folders out; and every way in which that can go wrong."""
 
+import argparse
 import ctypes
 import errno
 import hashlib
@@ -16,7 +17,9 @@ import types
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -79,7 +82,7 @@ def checkpoint(tmp_path) -> Path:
 def assert_error(run, *words: str) -> None:
     """One line `error: ...` on stderr that has the words, after notes and progress at most."""
     assert run.code not in (0, None)
-    others = ("note: ", "writing: ", "verifying: ", "hashing: ")
+    others = ("note: ", "checking: ", "writing: ", "verifying: ", "hashing: ")
     errors = [line for line in re.split(r"[\n\r]", run.err) if line and not line.startswith(others)]
     assert [line[:7] for line in errors] == ["error: "], run.err
     for word in words:
@@ -189,7 +192,36 @@ SOURCES = {
     "folder": lambda path, w: _save_file(path / "model.safetensors", _prefixed(w, "model.")).parent,
     "folder of a .pth.tar": lambda path, w: save(path / "a.pth.tar", {"state_dict": w}).parent,
     "sharded folder": lambda path, w: _save_shards(path, w),
+    "upper case": lambda path, w: _save_file(path / "A.SAFETENSORS", w),
+    "folder of upper case": lambda path, w: save(path / "A.PTH", {"state_dict": w}).parent,
+    "folder of Lightning": lambda path, w: save(path / "a.ckpt", {"state_dict": _prefixed(w, "model.")}).parent,
+    "safetensors without a suffix": lambda path, w: _save_file(path / "0a1b2c", w),
+    "without a suffix": lambda path, w: save(path / "0a1b2c", {"state_dict": w}),
+    "negated views": lambda path, w: save(path / "a.pth", {"state_dict": {**w, NAME: torch._neg_view(-w[NAME])}}),
+    "of Python 3.13": lambda path, w: _with_a_path_of_python_3_13(path / "a.pth", w),
+    "without checksums": lambda path, w: _without_checksums(path / "a.pth", w),
 }
+
+
+def _with_a_path_of_python_3_13(path: Path, weights: dict) -> Path:
+    module = types.ModuleType("pathlib._local")
+
+    class PosixPath:
+        def __reduce__(self):
+            return PosixPath, ("runs", "last")
+
+    PosixPath.__module__, PosixPath.__qualname__ = module.__name__, "PosixPath"
+    module.PosixPath = PosixPath
+    with patch.dict(sys.modules, {module.__name__: module}):
+        return save(path, training_state(weights, args=argparse.Namespace(output=PosixPath())))
+
+
+def _without_checksums(path: Path, weights: dict) -> Path:
+    torch.serialization.set_crc32_options(False)
+    try:
+        return save(path, {"state_dict": weights})
+    finally:
+        torch.serialization.set_crc32_options(True)
 
 
 def _channels_last(weights: dict) -> dict:
@@ -327,12 +359,15 @@ def test_settings_of_a_fine_tuned_folder_are_kept(tmp_path):
         ("labels.json", '["cat", "dog", "owl"]'),
         ("config.json", '{"id2label": {"0": "cat", "1": "dog", "2": "owl"}}'),
         ("map.json", '{"0": "cat", "2": "owl", "1": "dog"}'),
+        ("list.JSON", '{"id2label": ["cat", "dog", "owl"]}'),
+        ("map.json", '\ufeff{"label2id": {"cat": 0, "owl": 2, "dog": 1}}'),
+        ("map.json", '{"cat": 0, "owl": 2, "dog": 1}'),
     ],
 )
 def test_labels_are_taken_from_a_file(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     path = save(tmp_path / "a.pth", {"state_dict": small_weights(num_labels=3)})
-    converted(path, tmp_path / "out", "--labels", tmp_path / name)
+    converted(path, tmp_path / "out", "--no-verify", "--labels", tmp_path / name)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
     assert config["label2id"] == {"cat": 0, "dog": 1, "owl": 2}
@@ -516,6 +551,17 @@ def test_the_folder_is_complete_and_its_card_runs(checkpoint, tmp_path):
     assert done.stdout.strip() in {f"LABEL_{i}" for i in range(5)}
 
 
+def test_a_bar_shows_tensors_and_bytes(checkpoint, tmp_path, monkeypatch):
+    from repository.conversion import folder
+
+    bar = folder.tqdm
+    monkeypatch.setattr(folder, "tqdm", lambda **options: bar(**{**options, "delay": 0}))
+    err = converted(checkpoint, tmp_path / "out", "--no-verify").err
+    count = len(small_weights())
+    done = f"{sum(tensor.nbytes for tensor in small_weights().values()) / 1e6:.2f}M"
+    assert re.search(rf"writing: 100%\|.*{done}/{done} .*tensor {count} of {count}", err), err
+
+
 def test_published_data_are_complete():
     """What the cards say and what is recognised covers all that is published, and nothing else."""
     published = plan_module.PUBLISHED["classification"]
@@ -651,6 +697,14 @@ def test_a_truncated_legacy_file(tmp_path):
     assert_fails_and_leaves_nothing(tmp_path / "out", ["a.pth"], path, tmp_path / "out")
 
 
+def test_a_flipped_byte_in_the_weights(checkpoint, tmp_path):
+    """The archive's checksums are compared, though memory-mapping does not ask for them."""
+    data = bytearray(checkpoint.read_bytes())
+    data[data.index(small_weights()[NAME].numpy().tobytes()) + 100] ^= 1
+    checkpoint.write_bytes(data)
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["small_1k.pth.tar is damaged"], checkpoint, tmp_path / "out")
+
+
 FOREIGN = {
     "text": lambda path: path.write_text("hello"),
     "picture": lambda path: Image.new("RGB", (9, 9)).save(path, format="png"),
@@ -768,6 +822,7 @@ def test_a_tensor_in_two_shards(tmp_path):
     [
         ("[" * 200_000, ["config.json"]),
         ('{"model_type": "mambavision", "window_size": [8, 8, 1000000, 7]}', ["larger than any"]),
+        ('{"model_type": "mambavision", "window_size": [8, 8, 4096, 7]}', ["window_size above 256"]),
         ('{"model_type": "mambavision", "window_size": "a"}', ["window_size"]),
         ('{"model_type": "mambavision", "resolution": 1' + "0" * 400 + "}", ["too large"]),
         ('{"model_type": "mambavision", "resolution": -3}', ["resolution"]),
@@ -1268,8 +1323,11 @@ def test_peak_memory(tmp_path, checkpoint, options):
 
 @pytest.fixture
 def hub():
-    """A Hub of one repository: what huggingface_hub asks when it downloads a snapshot and when it uploads a folder."""
-    state = types.SimpleNamespace(files={}, uploaded={}, created=None)
+    """A Hub of two repositories: what huggingface_hub asks when it downloads a snapshot and when it uploads a folder.
+
+    nvidia/MambaVision-Small-1K holds `files`; me/converted, once `created`, holds what is named by `there`.
+    """
+    state = types.SimpleNamespace(files={}, uploaded={}, deleted=[], created=None, there=None)
     commit = "0" * 40
 
     class Handler(BaseHTTPRequestHandler):
@@ -1286,7 +1344,16 @@ def hub():
             self.answer(json.dumps(value).encode(), code)
 
         def do_GET(self):
-            if "/api/models/nvidia/MambaVision-Small-1K" in self.path:
+            if "/api/whoami" in self.path:
+                self.answer_json({"name": "me", "type": "user"})
+            elif "/api/models/me/converted" in self.path:
+                if state.there is None:
+                    self.answer(b"{}", 404, **{"X-Error-Code": "RepoNotFound"})
+                elif "/tree/" in self.path:
+                    self.answer_json([{"type": "file", "path": n, "size": 1, "oid": "1"} for n in state.there])
+                else:
+                    self.answer_json({"id": "me/converted", "private": True, "sha": commit})
+            elif "/api/models/nvidia/MambaVision-Small-1K" in self.path:
                 siblings = [{"rfilename": name} for name in state.files]
                 tree = [{"type": "file", "path": n, "size": len(d), "oid": "1"} for n, d in state.files.items()]
                 self.answer_json(
@@ -1305,6 +1372,7 @@ def hub():
             base = f"http://127.0.0.1:{self.server.server_port}"
             if self.path.startswith("/api/repos/create"):
                 state.created = json.loads(body)
+                state.there = state.there or []
                 self.answer_json({"url": f"{base}/me/converted", "name": "me/converted", "id": "me/converted"})
             elif "/preupload/" in self.path:
                 files = [
@@ -1318,6 +1386,8 @@ def hub():
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
                         state.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    elif line["key"] == "deletedFile":
+                        state.deleted.append(line["value"]["path"])
                 self.answer_json({"success": True, "commitOid": commit, "commitUrl": f"{base}/me/converted/commit/0"})
             else:
                 self.answer_json({})
@@ -1352,9 +1422,17 @@ def test_from_the_hub_and_back(hub, tmp_path):
         *(key for key, value in hub.created.items() if value is True),
     )
     assert hub.uploaded == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert not hub.deleted
     assert '"me/converted"' in (tmp_path / "out" / "README.md").read_text()
     assert "hf_secret" not in (tmp_path / "out" / "conversion.json").read_text() + done.stdout + done.stderr
     assert not list((tmp_path / "home").rglob("huge_unused.bin"))
+
+    # over an earlier upload in shards, of which none stays beside the one file
+    old = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    hub.there = [*old, "model.safetensors", "adapter_model.safetensors", "notes.md"]
+    push = ["--push-to-hub", "me/converted", "--private", "--overwrite", "--no-verify"]
+    run_python(code, source, tmp_path / "out", *push, HF_TOKEN="hf_secret", **online)
+    assert sorted(hub.deleted) == old
 
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     run_python(code, source, tmp_path / "again", **offline)
@@ -1375,7 +1453,40 @@ def test_pushing_without_a_token_says_how_to_log_in_before_any_work(tmp_path, mo
     assert_fails_and_leaves_nothing(tmp_path / "out", ["not/a/name"], *arguments)
 
 
-def test_a_failed_upload_keeps_the_folder(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_x")  # and the process is offline
-    assert_error(convert(checkpoint, tmp_path / "out", "--push-to-hub", "me/converted"), "written", "upload failed")
+@pytest.fixture
+def hub_api(monkeypatch):
+    """huggingface_hub's client of an account that has a public repository, me/public."""
+    api = MagicMock()
+    api.whoami.return_value = {"name": "me"}
+    api.repo_exists.side_effect = lambda name: name == "me/public"
+    api.repo_info.return_value.private = False
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    return api
+
+
+def test_what_the_hub_will_refuse_is_found_before_any_work(hub_api, tmp_path, monkeypatch):
+    def assert_refused(repo_id, words, *options):
+        arguments = ("no-such-file.pth", tmp_path / "out", "--push-to-hub", repo_id, *options)
+        assert_fails_and_leaves_nothing(tmp_path / "out", words, *arguments)
+
+    assert_refused("", ["--push-to-hub ''"])
+    for name in ("public", "me/public"):
+        assert_refused(name, ["--private: me/public is there and public"], "--private")
+    assert_refused("me/public", ["no-such-file.pth"])  # nothing to refuse but the source
+    assert_refused("me/new", ["no-such-file.pth"], "--private")
+    hub_api.whoami.side_effect = OSError("401 Client Error: Unauthorized")
+    assert_refused("me/new", ["hf auth login", "401 Client Error"])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_refused("me/new", ["HF_HUB_OFFLINE"])
+
+
+def test_a_failed_upload_keeps_the_folder(hub_api, checkpoint, tmp_path, monkeypatch):
+    hub_api.upload_folder.side_effect = OSError("503 Server Error")
+    monkeypatch.chdir(tmp_path)
+    run = convert(checkpoint, "out", "--no-verify", "--push-to-hub", "me/converted")
+    assert_error(run, "written", "upload failed", "503")
     assert_holds(tmp_path / "out", small_weights())
+    hub_api.create_repo.assert_called_once_with("me/converted", private=None, exist_ok=True)
+    assert hub_api.upload_folder.call_args.kwargs["folder_path"] == tmp_path / "out"
