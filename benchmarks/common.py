@@ -411,10 +411,11 @@ def describe_machine(device: str) -> dict:
     if Path("/proc/cpuinfo").exists():
         model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         cpu = model.group(1).strip() if model else cpu
-    machine = {"cpu": cpu, "cores": cores, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    capability = torch.backends.cpu.get_cpu_capability()  # processors of one name differ in it
+    machine = {"cpu": cpu, "cores": cores, "cpu_capability": capability}
     if device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    return {"name": machine.get("gpu") or f"{cpu}, {cores} core{'s' * (cores > 1)}", **machine}
+    return {"name": machine.get("gpu") or f"{cpu}, {cores} core{'s' * (cores > 1)}, {capability}", **machine}
 
 
 def slug(text: str) -> str:
