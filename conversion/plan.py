@@ -21,6 +21,8 @@ DENSE = PUBLISHED["dense"]
 
 # The heads of the dense-prediction checkpoints, by method
 HEADS = {"UPerNet": ("decode_head.", "auxiliary_head."), "Cascade Mask R-CNN": ("neck.", "rpn_head.", "roi_head.")}
+# Every image is padded to whole windows, at the cost of the fourth power of their sides. The published reach 160.
+LARGEST_WINDOW = 256
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -33,6 +35,12 @@ class Task:
     auto_class: str
     auto_map: dict[str, str]
     renames: tuple[tuple[str, str], ...]  # patterns in our names, and what the source has there; applied in order
+
+    def published(self, name: str) -> str:
+        """What the source calls our tensor."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
 
 
 CLASSIFICATION = Task(
@@ -94,6 +102,9 @@ def make_plan(source: Source, variant: str | None, labels: list[str] | None, bac
         ConversionError: no published model has these tensors, or the labels are not as many as the classes, or the
             settings beside the weights are none that a model can have.
     """
+    for task, prefix in ((SEGMENTATION, "backbone.model."), (BACKBONE, "outnorm")):
+        if any(name.startswith(prefix) for name in source.tensors):  # our names: this converter wrote the folder
+            source.tensors = {task.published(name): tensor for name, tensor in source.tensors.items()}
     dense = any(name.startswith("backbone.") for name in source.tensors)
     sizes = _sizes(source, "backbone." if dense else "")
     variant, notes = _recognise(source, variant, sizes, dense)
@@ -155,12 +166,8 @@ def _recognise(source: Source, wanted: str | None, sizes: dict, dense: bool) -> 
 
 def _choose(candidates: list[str], source: Source) -> tuple[str, str]:
     """One of several models with equal tensors: by config.json, by a name that tells them apart, or the first."""
-    window_size = source.config.get("window_size")
-    fitting = [
-        name
-        for name in candidates
-        if name in VARIANTS and MambaVisionConfig(num_labels=1, **VARIANTS[name]).window_size == window_size
-    ]
+    windows = {name: MambaVisionConfig(num_labels=1, **_settings(name)).window_size for name in candidates}
+    fitting = [name for name in candidates if windows[name] == source.config.get("window_size")]
     if len(fitting) == 1:
         return fitting[0], "by the window_size in its config.json"
     candidates = fitting or candidates
@@ -182,13 +189,22 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", name.lower()))
 
 
+def _settings(variant: str) -> dict:
+    """A published model's, or its backbone's."""
+    if variant in VARIANTS:
+        return VARIANTS[variant]
+    model = DENSE[variant]
+    return {
+        **VARIANTS[model["backbone"]],
+        "window_size": model["window_size"],
+        "resolution": model["image_size"] or 800,  # the usual shorter side of a detector's images
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+
+
 def _plan_classification(source: Source, variant: str, in_chans: int, labels, notes: list[str]) -> Plan:
-    overrides = _settings_beside_the_weights(source, variant, notes)
-    if in_chans != 3 and "mean" not in overrides:
-        published = MambaVisionConfig(num_labels=1)
-        overrides["mean"] = [sum(published.mean) / 3] * in_chans
-        overrides["std"] = [sum(published.std) / 3] * in_chans
-        notes.append(f"the mean and std of {in_chans} input channels are a guess: check preprocessor_config.json")
+    overrides = _overrides(source, variant, in_chans, notes)
     count = _rows(source, "head.weight")
     fields = _label_fields(source, labels, count, usual=None)
     if fields == {"num_labels": 1000}:
@@ -198,46 +214,53 @@ def _plan_classification(source: Source, variant: str, in_chans: int, labels, no
     return Plan(variant, CLASSIFICATION, config, processor, notes)
 
 
+def _overrides(source: Source, variant: str, in_chans: int, notes: list[str]) -> dict:
+    """The settings that are not the variant's: what config.json says, and what other input channels ask for."""
+    overrides = _settings_beside_the_weights(source, variant, notes)
+    if in_chans != 3 and "mean" not in overrides:
+        published = MambaVisionConfig(num_labels=1)
+        overrides["mean"] = [sum(published.mean) / 3] * in_chans
+        overrides["std"] = [sum(published.std) / 3] * in_chans
+        notes.append(f"the mean and std of {in_chans} input channels are a guess: check preprocessor_config.json")
+    return overrides
+
+
 def _settings_beside_the_weights(source: Source, variant: str, notes: list[str]) -> dict:
     """What no tensor shows and a folder's config.json says otherwise than the variant, as a fine-tuned model's may."""
-    if source.config.get("model_type") != "mambavision":
+    config = source.config.get("backbone_config", source.config)
+    if not isinstance(config, dict) or config.get("model_type") != "mambavision":
         return {}
-    published = MambaVisionConfig(num_labels=1, **VARIANTS[variant])
+    settings = _settings(variant)
+    published = MambaVisionConfig(num_labels=1, **settings)
     names = ("num_heads", "window_size", "resolution", "crop_pct", "crop_mode", "interpolation", "mean", "std")
     names += ("drop_path_rate", "problem_type")
-    other = {n: source.config[n] for n in names if n in source.config and source.config[n] != getattr(published, n)}
+    other = {n: config[n] for n in names if n in config and config[n] != getattr(published, n)}
     if not other:
         return {}
     try:
-        checked = MambaVisionConfig(num_labels=1, **{**VARIANTS[variant], **other})
+        checked = MambaVisionConfig(num_labels=1, **{**settings, **other})
     except (TypeError, ValueError) as error:
         raise ConversionError(f"{source.name} has a config.json that no model can have: {error}") from error
-    if max(checked.resolution / checked.crop_pct, *checked.window_size) > 4096:
-        raise ConversionError(f"{source.name} has a config.json for images larger than any: {other}")
+    if checked.resolution / checked.crop_pct > 4096 or max(checked.window_size) > LARGEST_WINDOW:
+        raise ConversionError(
+            f"{source.name} has a config.json for images larger than any (resolution above 4096, or window_size above"
+            f" {LARGEST_WINDOW}): {other}"
+        )
     notes.append(f"kept from its config.json, other than in {variant}: {listed(other)}")
     return other
 
 
 def _plan_dense(source: Source, variant: str, in_chans: int, labels, notes: list[str], backbone_only: bool) -> Plan:
     model = DENSE[variant]
-    edge = model["image_size"] or 800  # the usual shorter side of a detector's images
-    backbone = MambaVisionConfig.from_variant(
-        model["backbone"],
-        in_chans=in_chans,
-        window_size=model["window_size"],
-        resolution=edge,
-        crop_pct=1.0,
-        crop_mode="center",
-        out_indices=[0, 1, 2, 3],
-        out_norm=True,
-        num_labels=0,
-    )
+    settings = {**_settings(variant), **_overrides(source, variant, in_chans, notes)}
+    settings |= {"out_indices": [0, 1, 2, 3], "out_norm": True, "num_labels": 0}
+    backbone = MambaVisionConfig.from_variant(model["backbone"], in_chans=in_chans, **settings)
     # The published evaluation scales the shorter side to `edge` and crops nothing. Of transformers' processors this
     # one does that, and turns logits into maps of classes, as the segmentation pipeline asks.
     processor = {
         "image_processor_type": "MobileNetV2ImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": edge},
+        "size": {"shortest_edge": backbone.resolution},
         "resample": 2,
         "do_center_crop": False,
         "do_rescale": True,
@@ -282,16 +305,20 @@ def _label_fields(source: Source, labels: list[str] | None, count: int, usual: l
 
 
 def read_labels(path: Path) -> list[str]:
-    """Labels in a JSON list, a JSON object from index to label (or a config.json), or a text with one on each line.
+    """Labels in a text with one on each line, or in JSON: a list, an object from index to label or from label to index,
+    or an object (a config.json) with one of these under `id2label` or `label2id`.
 
     Raises:
         ConversionError: the file holds nothing of the kind.
     """
     try:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             labels = read_json(path)
             if isinstance(labels, dict):
-                labels = labels.get("id2label", labels)
+                labels = labels.get("id2label") or labels.get("label2id") or labels
+            if isinstance(labels, dict):
+                if all(isinstance(value, int) for value in labels.values()):
+                    labels = {str(index): label for label, index in labels.items()}
                 labels = [labels[str(i)] for i in range(len(labels))]
         else:
             labels = path.read_text(encoding="utf-8-sig").splitlines()
@@ -310,11 +337,7 @@ def match_tensors(plan: Plan, source: Source) -> dict[str, str]:
     """
     with torch.device("meta"):
         ours = plan.task.model(plan.config).state_dict()
-    table, problems = {}, []
-    for name in ours:
-        table[name] = name
-        for pattern, replacement in plan.task.renames:
-            table[name] = re.sub(pattern, replacement, table[name])
+    table, problems = {name: plan.task.published(name) for name in ours}, []
     if missing := [theirs for theirs in table.values() if theirs not in source.tensors]:
         problems.append(f"lacks {listed(missing)}")
     known = set(table.values())

@@ -192,9 +192,10 @@ def small_dense(monkeypatch):
         monkeypatch.setitem(plan_module.DENSE, name, {**model, **windows})
 
 
-def small_checkpoint(path: Path, heads, num_classes: int = 150, decoder: bool = True, seed: int = 0):
+def small_checkpoint(path: Path, heads, num_classes: int = 150, decoder: bool = True, seed: int = 0, **settings):
     """A checkpoint of the mm family, its tensors, and mmsegmentation's decoder on them."""
-    config = MambaVisionConfig(**{**SMALL_VARIANT, "window_size": [8, 8, 6, 4]}, out_norm=True, out_indices=range(4))
+    settings = {**SMALL_VARIANT, "window_size": [8, 8, 6, 4], **settings}
+    config = MambaVisionConfig(**settings, out_norm=True, out_indices=range(4))
     with torch.device("meta"):
         backbone = MambaVisionBackbone(config).state_dict()
     shapes = {f"backbone.{name.removeprefix('model.')}": t.shape for name, t in backbone.items()}
@@ -325,6 +326,26 @@ def test_other_classes_get_their_labels(mmseg_heads, small_dense, tmp_path):
     assert convert(path, tmp_path / "no", "--variant", "MambaVision-T-1K").err.startswith("error: --variant")
     run = convert(path, tmp_path / "no", "--backbone-only", "--labels", tmp_path / "labels.txt")
     assert run.code and "error: --labels names classes, and a backbone has none" in run.err
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_its_own_folder_converts_again(mmseg_heads, small_dense, tmp_path, decoder):
+    path, _, _ = small_checkpoint(tmp_path / "small_coco.pth", mmseg_heads, decoder=decoder)
+    converted(path, tmp_path / "first", "--no-verify")
+    converted(tmp_path / "first", tmp_path / "second", "--no-verify")
+    for file in ("model.safetensors", "config.json", "preprocessor_config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    converted(tmp_path / "second", tmp_path / "half", "--dtype", "bfloat16")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_other_input_channels(mmseg_heads, small_dense, tmp_path, decoder):
+    path, _, _ = small_checkpoint(tmp_path / "a.pth", mmseg_heads, decoder=decoder, in_chans=4)
+    run = converted(path, tmp_path / "out")  # verified: a forward of images with these channels
+    assert "note: the mean and std of 4 input channels are a guess" in run.err
+    processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert len(processor["image_mean"]) == len(processor["image_std"]) == 4
 
 
 def test_without_the_auxiliary_head(mmseg_heads, small_dense, tmp_path):
