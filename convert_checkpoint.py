@@ -71,7 +71,7 @@ def convert(args: argparse.Namespace) -> str:
         written = write_weights(workshop.new, plan, source, FLOATS.get(args.dtype), args.max_shard_size)
         write_rest(workshop.new, plan, written)
         in_source = len(source.tensors)
-        source.tensors.clear()  # unmaps the source before the written folder is mapped
+        source.release()  # before the written folder is mapped
         figures = {} if args.no_verify else verify(workshop.new, plan, written, args.verify_against_official)
         report = {
             "converter": f"convert_checkpoint.py {__version__}",

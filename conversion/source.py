@@ -3,8 +3,10 @@
 The tensors are views of memory-mapped files: what is not used is never read.
 """
 
+import ctypes
 import json
 import re
+import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,12 @@ class Source:
     tensors: dict[str, torch.Tensor]
     config: dict = field(default_factory=dict)  # a folder's config.json
     stamps: list[tuple] = field(default_factory=list)  # of the files, before they were read
+
+    def release(self) -> None:
+        """Unmap the tensors, and free those that could not be mapped: of files older than torch's zip format."""
+        self.tensors.clear()
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # glibc keeps freed memory, here as much as the whole model's
 
     def check_unchanged(self) -> None:
         """

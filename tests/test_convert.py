@@ -1304,10 +1304,15 @@ print("peak", before, peak())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-@pytest.mark.parametrize("options", [[], ["--dtype", "bfloat16"]])
-def test_peak_memory(tmp_path, checkpoint, options):
+@pytest.mark.parametrize(
+    "options, zipped",
+    [([], True), (["--dtype", "bfloat16"], True), ([], False)],
+    ids=["as it is", "bfloat16", "before zip"],
+)
+def test_peak_memory(tmp_path, checkpoint, options, zipped):
     """At most 1.3 times the checkpoint beyond what the interpreter and the libraries take."""
-    large = save(tmp_path / "mambavision_base_1k.pth.tar", {"state_dict": published_weights("MambaVision-B-1K")})
+    content = {"state_dict": published_weights("MambaVision-B-1K")}
+    large = save(tmp_path / "mambavision_base_1k.pth.tar", content, _use_new_zipfile_serialization=zipped)
     done = run_python(MEMORY, checkpoint, large, tmp_path, *options)
     before, after = map(int, done.stdout.split()[-2:])
     ratio = (after - before) / large.stat().st_size
