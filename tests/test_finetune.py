@@ -124,7 +124,7 @@ def test_digits_from_the_default_model(digits_folder, tmp_path):
     """The documented example, in fewer epochs."""
     output = tmp_path / "trained"
     process = start(output, "--data", digits_folder, "--recipe", EXAMPLES / "recipes" / "digits.json",
-                    "--set", "training.num_train_epochs=4", "--set", "training.warmup_steps=30", threads=2)  # fmt: skip
+                    "--set", "training.num_train_epochs=3", "--set", "training.warmup_steps=30", threads=2)  # fmt: skip
     out, err = wait(process)
     assert out.splitlines()[-1] == f"trained: {output}" and "100%" in err  # the progress bar
 

@@ -78,13 +78,10 @@ def shallow_classifier(small_config):
 
 
 def test_compiled_inference_is_one_graph_and_equal(shallow_classifier):
-    compiled = torch.compile(shallow_classifier, fullgraph=True)
-    # Sizes that change: the same graph with symbolic sizes, which takes a C++ compiler minutes to no other end.
-    symbolic = torch.compile(shallow_classifier, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled, pixel_values = torch.compile(shallow_classifier, fullgraph=True), image((2, 3, 70, 64))
     with torch.inference_mode():
-        for run, shape in ((compiled, (2, 3, 70, 64)), (symbolic, (2, 3, 70, 64)), (symbolic, (3, 3, 64, 90))):
-            expected = shallow_classifier(image(shape)).logits
-            torch.testing.assert_close(run(image(shape)).logits, expected, rtol=1e-3, atol=1e-4)
+        expected = shallow_classifier(pixel_values).logits
+        torch.testing.assert_close(compiled(pixel_values).logits, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_compiled_training_step_is_one_graph_and_equal(shallow_classifier):
@@ -101,16 +98,17 @@ def test_compiled_training_step_is_one_graph_and_equal(shallow_classifier):
 
 
 def test_features_are_captured_as_one_graph(small_config):
-    """Unpacking included, and with a batch size that changes."""
+    """Unpacking included, with batches and images whose sizes change; without the C++ compiler, which takes minutes."""
+    torch.compiler.reset()
     model = MambaVisionModel(small_config).eval()
     captured = torch.compile(lambda x: tuple(model(x)), fullgraph=True, backend="eager", dynamic=True)
-    for batch in (2, 3, 5):
-        pixel_values = image((batch, 3, 64, 64))
+    for batch, height, width in ((2, 64, 64), (3, 70, 64), (5, 64, 90)):
+        pixel_values = image((batch, 3, height, width))
         with torch.no_grad():
             pooled, maps = captured(pixel_values)
             expected_pooled, expected_maps = model(pixel_values)
-        torch.testing.assert_close(pooled, expected_pooled)
-        torch.testing.assert_close(maps, expected_maps)
+        torch.testing.assert_close(pooled, expected_pooled, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(maps, expected_maps, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_on_the_linear_layers_trains(classifier):
