@@ -78,10 +78,16 @@ def _fuse_token_block(block: nn.Module) -> None:
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
-    """Whether a layer is torch's own, neither quantised, adapted nor hooked: the others stay as they are."""
+    """Whether a layer is torch's own, neither quantised nor adapted nor hooked: the others stay as they are."""
     if type(layer) not in (nn.Linear, nn.Conv2d, nn.BatchNorm2d) or type(layer.weight) is not nn.Parameter:
         return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    return is_untouched(layer)
+
+
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether a layer may be computed by other means than calling it: nobody hooked it or replaced its forward."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return not any(hooks) and "forward" not in layer.__dict__
 
 
 def _scale(layer: nn.Module, gamma: Tensor) -> None:

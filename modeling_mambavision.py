@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputW
 from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
-from .fusion_mambavision import fused_copy
+from .fusion_mambavision import fused_copy, is_untouched
 from .selective_scan import backend_on, is_traced_for_export, scan_concat, selective_scan, silu_convolve
 
 
@@ -166,14 +166,13 @@ def _silu_convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    """Whether a convolution may be computed by other means than calling it: nobody replaced or hooked it."""
+    """Whether a convolution is the mixer's own kind, which has kernels of its own, and nobody replaced or hooked it."""
     if type(conv) is not nn.Conv1d or is_traced_for_export():
         return False
-    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3,), (1,), (1,), (1,))
     depthwise = conv.groups == conv.in_channels == conv.out_channels
     usual = shape and depthwise and conv.bias is None and conv.padding_mode == "zeros"
-    return usual and not any(hooks) and "forward" not in conv.__dict__
+    return usual and is_untouched(conv)
 
 
 class Attention(nn.Module):

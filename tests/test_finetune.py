@@ -287,6 +287,21 @@ def test_averaged_weights_are_validated_and_saved(tiny_trainer, tmp_path):
     assert log(tmp_path / "out", "eval_inverted_accuracy") and log(tmp_path / "out", "eval_coloured_accuracy")
 
 
+def test_recipes_of_the_default_model_are_those_of_its_logs():
+    folder, epochs = EXAMPLES / "recipes", []
+    for name in ("fashion-mnist", "fashion-mnist-2", "fashion-mnist-3"):
+        recipe = recipes.read(folder / f"{name}.json", [])
+        history = json.loads((folder / f"{name}.log.json").read_text())
+        epochs.append(recipe["training"]["num_train_epochs"])
+        assert history[-1]["epoch"] == epochs[-1]
+        highest = max(entry["learning_rate"] for entry in history if "learning_rate" in entry)
+        assert 0.97 * recipe["training"]["learning_rate"] < highest <= recipe["training"]["learning_rate"]
+    config = json.loads((ROOT / "config.json").read_text())
+    model = recipes.read(folder / "fashion-mnist.json", [])["model"] | recipe["config"]
+    assert {name: config[name] for name in model} == model
+    assert f"{epochs[0]} epochs, {epochs[1]} more" in (ROOT / "README.md").read_text()
+
+
 def test_parameter_groups(small_config):
     small_config.layer_scale_conv = 0.5
     model = MambaVisionModelForImageClassification(small_config)  # depths 1, 1, 3, 2

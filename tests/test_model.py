@@ -313,6 +313,18 @@ def test_half_precision_stays_finite_and_close(classifier, dtype, scale, autocas
 def processor(request, monkeypatch):
     """What fuse() takes the processor for: without AVX-512 it leaves more of the layers to torch."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    return request.param
+
+
+@torch.inference_mode()
+def test_fused_copy_takes_the_faster_operators(classifier, processor):
+    fused = classifier.fuse()
+    with torch.profiler.profile() as profile:
+        fused(image((1, 3, 64, 64)))
+    called = {event.key for event in profile.key_averages()}
+    has_onednn = torch.backends.mkldnn.is_available()
+    assert ("mkldnn::_convolution_pointwise" in called) == has_onednn
+    assert ("mkldnn::_linear_pointwise" in called) == (has_onednn and processor == "AVX512")
 
 
 @pytest.mark.usefixtures("processor")

@@ -60,6 +60,8 @@ class TestChoice:
         with pytest.raises(RuntimeError, match="mamba_ssm needs a CUDA device"):
             selective_scan(*inputs())
         assert backend_on(CPU, "torch") == "torch"
+        monkeypatch.setenv("MAMBAVISION_SCAN", "")
+        assert backend_on(CPU) == "torch"
 
     def test_what_cannot_run_is_said_once(self, caplog):
         with caplog.at_level(logging.INFO, logger=scan_module.__name__):
