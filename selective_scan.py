@@ -44,8 +44,9 @@ BACKENDS = ("torch", "triton", "mamba_ssm")
 
 _log = logging.getLogger(__name__)
 
-# Elements of each of the two buffers that a block of the sequence works in: 1 MiB of float32 stays in a core's cache.
-_BLOCK_ELEMENTS = 2**18
+# Elements of each of the two buffers that a block of the sequence works in: 2 MiB of float32, which the cores' caches
+# still hold, and enough for several threads to share each operator. Half of it took a third longer on two cores.
+_BLOCK_ELEMENTS = 2**19
 _LOG2_E = math.log2(math.e)
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
 _LEAST_STEPS = 16
@@ -266,23 +267,25 @@ def _blocked_forward(
     batch, length, channels = u.shape
     states = A.shape[1]
     dtype = _compute_dtype(u)
-    A, D, dt_bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
+    A_log2e, D, dt_bias = (A.to(dtype).T * _LOG2_E).contiguous(), D.to(dtype), dt_bias.to(dtype)
     rows, block, blocks = _tile(batch, length, channels, states)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     starts = u.new_empty(blocks if save_states else 0, batch, states, channels, dtype=dtype)
     decay = u.new_empty(block, rows, states, channels, dtype=dtype)
     h = u.new_empty(block + 1, rows, states, channels, dtype=dtype)
     for tile in _slices(batch, rows):
-        carry = torch.zeros_like(h[0, : tile.stop - tile.start])
+        y_, *inputs = _by_steps(tile, y, u, dt, B, C)
+        decay_, h_ = _Buffer(decay, tile), _Buffer(h, tile)
+        h_.steps[0].zero_()
         for index, run in enumerate(_slices(length, block)):
-            x, dt_, B_, C_ = _steps(tile, run, dtype, u, dt, B, C)
+            x, dt_, B_, C_ = (tensor[run].to(dtype) for tensor in inputs)
             if save_states:
-                starts[index, tile] = carry
+                starts[index, tile] = h_.steps[0]
             delta = F.softplus(dt_ + dt_bias)
-            _, states_ = _run_block(delta, delta * x, A, B_, carry, decay, h)
-            out = torch.matmul(C_.unsqueeze(-2), states_[1:]).squeeze(-2)
-            y[tile, run] = out.addcmul_(x, D).transpose(0, 1)
-            carry = states_[-1].clone()
+            _run_block(delta, delta * x, A_log2e, B_, decay_, h_)
+            out = torch.matmul(C_.unsqueeze(-2), h_.whole[1 : len(x) + 1]).squeeze(-2)
+            torch.addcmul(out, x, D, out=y_[run])
+            h_.steps[0].copy_(h_.steps[len(x)])
     return y, starts
 
 
@@ -295,6 +298,7 @@ def _blocked_backward(
     states = A.shape[1]
     dtype = _compute_dtype(u)
     A_, D_, bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
+    A_log2e = A_ * _LOG2_E
     rows, block, _ = _tile(batch, length, channels, states)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     grad_A, grad_D, grad_bias = torch.zeros_like(A_), torch.zeros_like(D_), torch.zeros_like(bias)
@@ -302,63 +306,70 @@ def _blocked_backward(
     h = u.new_empty(block + 1, rows, states, channels, dtype=dtype)
     grad_h = torch.empty_like(decay)
     for tile in _slices(batch, rows):
-        carry = torch.zeros_like(h[0, : tile.stop - tile.start])  # gradient of the state that the next run starts with
+        inputs = _by_steps(tile, u, dt, B, C, grad_y)
+        grad_u, grad_dt, grad_B, grad_C = _by_steps(tile, *grads)
+        decay_, h_, grad_h_ = (_Buffer(buffer, tile) for buffer in (decay, h, grad_h))
+        carry = torch.zeros_like(h_.steps[0])  # gradient of the state that the next run starts with
         for index, run in reversed(list(enumerate(_slices(length, block)))):
-            x, dt_, B_, C_, gy = _steps(tile, run, dtype, u, dt, B, C, grad_y)
+            x, dt_, B_, C_, gy = (tensor[run].to(dtype) for tensor in inputs)
+            steps = len(x)
             pre = dt_ + bias
             delta = F.softplus(pre)
             delta_x = delta * x
-            a, states_ = _run_block(delta, delta_x, A_, B_, starts[index, tile], decay, h)
+            h_.steps[0].copy_(starts[index, tile])
+            _run_block(delta, delta_x, A_log2e, B_, decay_, h_)
+            a, before, after = decay_.whole[:steps], h_.whole[:steps], h_.whole[1 : steps + 1]
 
             # grad_h[t] = C[t] grad_y[t] + decay[t+1] grad_h[t+1]
-            g = torch.mul(C_.unsqueeze(-1), gy.unsqueeze(-2), out=grad_h[: len(x), : x.shape[1]])
-            g[-1] += carry
-            steps, decays = g.unbind(0), a.unbind(0)
-            for t in reversed(range(len(x) - 1)):
-                steps[t].addcmul_(decays[t + 1], steps[t + 1])
-            torch.mul(decays[0], steps[0], out=carry)
+            g = torch.mul(C_.unsqueeze(-1), gy.unsqueeze(-2), out=grad_h_.whole[:steps])
+            grad_h_.steps[steps - 1].add_(carry)
+            for t in range(steps - 1, 0, -1):
+                grad_h_.steps[t - 1].addcmul_(decay_.steps[t], grad_h_.steps[t])
+            torch.mul(decay_.steps[0], grad_h_.steps[0], out=carry)
 
             # rows times matrices: of matrices times columns torch copies each column first
-            grad_C = torch.matmul(gy.unsqueeze(-2), states_[1:].mT).squeeze(-2)
-            grad_B = torch.matmul(delta_x.unsqueeze(-2), g.mT).squeeze(-2)
+            grad_C[run] = torch.matmul(gy.unsqueeze(-2), after.mT).squeeze(-2)
+            grad_B[run] = torch.matmul(delta_x.unsqueeze(-2), g.mT).squeeze(-2)
             grad_delta_x = torch.matmul(B_.unsqueeze(-2), g).squeeze(-2)
-            g.mul_(states_[:-1]).mul_(a)  # now the gradient of delta * A
+            torch.addcmul(grad_delta_x * delta, gy, D_, out=grad_u[run])
+            g.mul_(before).mul_(a)  # now the gradient of delta * A
             grad_A += torch.mul(g, delta.unsqueeze(-2), out=a).sum((0, 1))
-            grad_delta = g.mul_(A_).sum(-2).addcmul_(grad_delta_x, x)
-            grad_dt = grad_delta.mul_(torch.sigmoid(pre))
-            grad_u = torch.addcmul(grad_delta_x * delta, gy, D_)
+            grad_pre = g.mul_(A_).sum(-2).addcmul_(grad_delta_x, x).mul_(torch.sigmoid(pre))
+            grad_dt[run] = grad_pre
             grad_D += (gy * x).sum((0, 1))
-            grad_bias += grad_dt.sum((0, 1))
-            for whole, piece in zip(grads, (grad_u, grad_dt, grad_B, grad_C), strict=True):
-                whole[tile, run] = piece.transpose(0, 1)
+            grad_bias += grad_pre.sum((0, 1))
     grad_u, grad_dt, grad_B, grad_C = grads
     grad_A = grad_A.T.to(A.dtype).contiguous()
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D.to(D.dtype), grad_bias.to(dt_bias.dtype)
 
 
-def _run_block(
-    delta: Tensor, delta_x: Tensor, A: Tensor, B: Tensor, start: Tensor, decay: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The decays (steps, batch, states, channels) of one block, and its states with `start` before the first step.
+class _Buffer:
+    """A tile's part of a buffer (steps, batch, states, channels), whole and as one view for each step.
 
-    delta, delta_x (steps, batch, channels); A (states, channels); B (steps, batch, states). `decay` and `h` are the
-    buffers that the results are views of.
+    The views are made once for all runs: making one takes half as long as that step's arithmetic.
     """
-    steps, batch, _ = delta.shape
+
+    def __init__(self, buffer: Tensor, tile: slice):
+        self.whole = buffer[:, : tile.stop - tile.start]
+        self.steps = self.whole.unbind(0)
+
+
+def _run_block(delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay: _Buffer, h: _Buffer) -> None:
+    """Fills `decay`, and `h` after its first step, which is where the states start.
+
+    delta, delta_x (steps, batch, channels); A times log2(e) (states, channels); B (steps, batch, states).
+    """
+    steps = len(delta)
     # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
-    a = torch.mul(delta.unsqueeze(-2), A * _LOG2_E, out=decay[:steps, :batch]).exp2_()
-    h = h[: steps + 1, :batch]
-    h[0] = start
-    torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=h[1:])
-    states = h.unbind(0)
-    for t, decay_t in enumerate(a.unbind(0)):
-        states[t + 1].addcmul_(decay_t, states[t])
-    return a, h
+    torch.mul(delta.unsqueeze(-2), A_log2e, out=decay.whole[:steps]).exp2_()
+    torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=h.whole[1 : steps + 1])
+    for t in range(steps):
+        h.steps[t + 1].addcmul_(decay.steps[t], h.steps[t])
 
 
-def _steps(tile: slice, run: slice, dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
-    """One tile's run of steps of (batch, length, width) tensors, as (steps, batch, width)."""
-    return [x[tile, run].transpose(0, 1).to(dtype) for x in tensors]
+def _by_steps(tile: slice, *tensors: Tensor) -> list[Tensor]:
+    """A tile of (batch, length, width) tensors, as (length, batch, width)."""
+    return [tensor[tile].transpose(0, 1) for tensor in tensors]
 
 
 def _slices(size: int, step: int) -> list[slice]:

@@ -77,7 +77,7 @@ def test_half_precision_inputs_are_scanned_in_float32(form, dtype):
 
 
 # One block, several, and blocks shorter than a step's row needs; batches in one tile and in several.
-@pytest.mark.parametrize("block_elements", [2**18, 3 * 4 * 8 * 3, 1])
+@pytest.mark.parametrize("block_elements", [2**19, 3 * 4 * 8 * 3, 1])
 def test_gradients_by_finite_differences(monkeypatch, block_elements):
     monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", block_elements)
     inputs = [x.requires_grad_() for x in random_inputs(3, 8, 4)]
