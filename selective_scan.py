@@ -284,7 +284,7 @@ def _blocked_forward(
             delta = F.softplus(dt_ + dt_bias)
             _run_block(delta, delta * x, A_log2e, B_, decay_, h_)
             out = torch.matmul(C_.unsqueeze(-2), h_.whole[1 : len(x) + 1]).squeeze(-2)
-            torch.addcmul(out, x, D, out=y_[run])
+            y_[run] = out.addcmul_(x, D)
             h_.steps[0].copy_(h_.steps[len(x)])
     return y, starts
 
@@ -331,7 +331,7 @@ def _blocked_backward(
             grad_C[run] = torch.matmul(gy.unsqueeze(-2), after.mT).squeeze(-2)
             grad_B[run] = torch.matmul(delta_x.unsqueeze(-2), g.mT).squeeze(-2)
             grad_delta_x = torch.matmul(B_.unsqueeze(-2), g).squeeze(-2)
-            torch.addcmul(grad_delta_x * delta, gy, D_, out=grad_u[run])
+            grad_u[run] = torch.addcmul(grad_delta_x * delta, gy, D_)
             g.mul_(before).mul_(a)  # now the gradient of delta * A
             grad_A += torch.mul(g, delta.unsqueeze(-2), out=a).sum((0, 1))
             grad_pre = g.mul_(A_).sum(-2).addcmul_(grad_delta_x, x).mul_(torch.sigmoid(pre))

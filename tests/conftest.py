@@ -33,6 +33,7 @@ repository = types.ModuleType("repository")
 repository.__path__ = [str(ROOT)]
 sys.modules["repository"] = repository
 
+from processes import run_forked  # noqa: E402
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig  # noqa: E402
 from weights import filled  # noqa: E402
 
@@ -101,7 +102,12 @@ def published_style_folder(folder: Path, variant: str, seed: int = 0) -> Path:
 
 
 def run_python(code: str, *arguments, overlay: Path | None = None, check: bool = True, **environment):
-    """Run `code` in a new interpreter, with the packages in `overlay` before the installed ones."""
+    """Run `code` in a new process: with `overlay`, packages before the installed ones, or an environment of its own
+    in a new interpreter."""
+    if not overlay and not environment:
+        done = run_forked(code, *arguments)
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done
     path = [str(overlay)] if overlay else []
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment}
     command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, run_python
 from PIL import Image
+from processes import run_forked
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -27,8 +28,7 @@ LABELS = ["Ankle boot", "Bag", "Pullover", "Trouser"]  # of the files in the ord
 
 
 def classify(*arguments, check: bool = True):
-    command = [sys.executable, ROOT / "examples" / "classify.py", *arguments]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    done = run_forked(ROOT / "examples" / "classify.py", *arguments)
     assert not check or done.returncode == 0, done.stderr
     return done
 

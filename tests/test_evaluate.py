@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import json
 import logging
-import subprocess
 import sys
 import warnings
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT
 from PIL import Image
+from processes import run_forked
 from transformers import AutoModelForImageClassification
 
 
@@ -27,8 +27,7 @@ DATA = FIXTURES / "fashion-mnist"
 
 
 def evaluate(*arguments, check: bool = True):
-    command = [sys.executable, ROOT / "examples" / "evaluate.py", *arguments]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    done = run_forked(ROOT / "examples" / "evaluate.py", *arguments)
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from conftest import FIXTURES, ROOT, SMALL
 from PIL import Image
+from processes import run_forked
 from repository.modeling_mambavision import MambaVisionModelForImageClassification
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -94,21 +95,22 @@ def command():
     return lambda *arguments: finetune.main([str(argument) for argument in arguments])
 
 
-def start(*arguments, launcher=(sys.executable,), threads: int = 1) -> subprocess.Popen:
-    command = [*launcher, EXAMPLES / "finetune.py", *arguments]
+def start(*arguments, launcher=(sys.executable,)) -> subprocess.Popen:
+    command = [str(part) for part in (*launcher, EXAMPLES / "finetune.py", *arguments)]
     return subprocess.Popen(
-        [str(part) for part in command],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def wait(process: subprocess.Popen) -> tuple[str, str]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return out, err
+def wait(process: subprocess.Popen) -> str:
+    """What it wrote to stderr."""
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, errors[-3000:]
+    return errors
 
 
 def recipe_file(folder: Path, **changes) -> Path:
@@ -123,10 +125,11 @@ def log(output: Path, key: str) -> list[float]:
 def test_digits_from_the_default_model(digits_folder, tmp_path):
     """The documented example, in fewer epochs."""
     output = tmp_path / "trained"
-    process = start(output, "--data", digits_folder, "--recipe", EXAMPLES / "recipes" / "digits.json",
-                    "--set", "training.num_train_epochs=3", "--set", "training.warmup_steps=30", threads=2)  # fmt: skip
-    out, err = wait(process)
-    assert out.splitlines()[-1] == f"trained: {output}" and "100%" in err  # the progress bar
+    done = run_forked(EXAMPLES / "finetune.py", output, "--data", digits_folder,
+                      "--recipe", EXAMPLES / "recipes" / "digits.json",
+                      "--set", "training.num_train_epochs=3", "--set", "training.warmup_steps=30")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"trained: {output}" and "100%" in done.stderr  # the progress bar
 
     evaluate.main([str(digits_folder), str(tmp_path / "results.json"), "--model", str(output)])
     results = json.loads((tmp_path / "results.json").read_text())
@@ -222,10 +225,11 @@ def test_two_processes_give_the_curve_of_one(tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                 "--main_process_port", str(random.randint(20000, 40000))]  # fmt: skip
-    one = start(tmp_path / "one", *arguments)
-    errors = [wait(one)[1]]
     half = ["--set", "training.per_device_train_batch_size=4"]
-    errors += [wait(start(tmp_path / "two", *arguments, *half, launcher=launcher))[1]]
+    errors = [
+        wait(start(tmp_path / "one", *arguments)),
+        wait(start(tmp_path / "two", *arguments, *half, launcher=launcher)),
+    ]
     curves = [log(tmp_path / name, "loss") for name in ("one", "two")]
     assert len(curves[0]) == 13 and curves[1] == pytest.approx(curves[0], abs=1e-3)
     assert len(set(curves[0])) == 13

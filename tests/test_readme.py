@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import FIXTURES, ROOT, published_style_folder, run_python
 from huggingface_hub import ModelCard
+from processes import run_forked
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 
 
@@ -162,7 +163,7 @@ SCRIPTS = sorted({line for line in COMMANDS if re.match(r"\.venv/bin/python \S+\
 @pytest.mark.parametrize("line", SCRIPTS, ids=lambda line: line.split()[1])
 def test_commands_name_scripts_options_and_files_that_exist(line):
     _, script, *arguments = shlex.split(line)
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_forked(ROOT / script, "--help")
     assert done.returncode == 0, done.stderr
     for argument in arguments:
         if argument.startswith("--"):

@@ -1,11 +1,9 @@
-"""Training and its tools: transformers' Trainer, torch.compile, PEFT, torchao."""
-
-import copy
+"""Training and its tools: transformers' Trainer, PEFT, torchao."""
 
 import numpy as np
 import pytest
 import torch
-from repository.modeling_mambavision import MambaVisionMixer, MambaVisionModel, MambaVisionModelForImageClassification
+from repository.modeling_mambavision import MambaVisionMixer, MambaVisionModelForImageClassification
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 from weights import filled, image
 
@@ -65,50 +63,6 @@ def test_trainer_trains_and_its_checkpoint_reloads(small_config, tmp_path, bf16)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     reloaded = AutoModelForImageClassification.from_pretrained(checkpoint, trust_remote_code=True)
     assert all(torch.equal(t, trainer.model.state_dict()[name]) for name, t in reloaded.state_dict().items())
-
-
-@pytest.fixture
-def shallow_classifier(small_config):
-    """One block of each kind, for compilation takes its time by the block; no stochastic depth, to compare with."""
-    torch.compiler.reset()  # sizes that another test compiled for would make this one's symbolic
-    small_config.depths, small_config.drop_path_rate = [1, 1, 2, 2], 0.0
-    model = MambaVisionModelForImageClassification(small_config)
-    model.load_state_dict(filled({name: t.shape for name, t in model.state_dict().items()}))
-    return model.eval()
-
-
-def test_compiled_inference_is_one_graph_and_equal(shallow_classifier):
-    compiled, pixel_values = torch.compile(shallow_classifier, fullgraph=True), image((2, 3, 70, 64))
-    with torch.inference_mode():
-        expected = shallow_classifier(pixel_values).logits
-        torch.testing.assert_close(compiled(pixel_values).logits, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_compiled_training_step_is_one_graph_and_equal(shallow_classifier):
-    pixel_values, labels = image((3, 3, 64, 64)), torch.tensor([0, 4, 2])
-    gradients = []
-    for wrap in (lambda model: model, lambda model: torch.compile(model, fullgraph=True)):
-        model = copy.deepcopy(shallow_classifier).train()
-        loss = wrap(model)(pixel_values, labels=labels).loss
-        loss.backward()
-        gradients.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
-    for name, gradient in gradients[1].items():
-        scale = gradients[0][name].abs().max()
-        assert (gradient - gradients[0][name]).abs().max() < 1e-3 * scale + 1e-5, name
-
-
-def test_features_are_captured_as_one_graph(small_config):
-    """Unpacking included, with batches and images whose sizes change; without the C++ compiler, which takes minutes."""
-    torch.compiler.reset()
-    model = MambaVisionModel(small_config).eval()
-    captured = torch.compile(lambda x: tuple(model(x)), fullgraph=True, backend="eager", dynamic=True)
-    for batch, height, width in ((2, 64, 64), (3, 70, 64), (5, 64, 90)):
-        pixel_values = image((batch, 3, height, width))
-        with torch.no_grad():
-            pooled, maps = captured(pixel_values)
-            expected_pooled, expected_maps = model(pixel_values)
-        torch.testing.assert_close(pooled, expected_pooled, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(maps, expected_maps, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_on_the_linear_layers_trains(classifier):
