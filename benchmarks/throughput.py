@@ -73,7 +73,7 @@ DEFAULTS = {
     ),
     "quick": dict(
         batches=[1],
-        training_batch=2,
+        training_batch=1,
         resolution_batch=1,
         precisions=["fp32", "bf16"],
         rounds=1,

@@ -28,7 +28,7 @@ from checkpoints import (
     SMALL_VARIANT,
     convert,
     converted,
-    outputs_of_the_published_package,
+    published_model,
     published_weights,
     save,
     save_mm,
@@ -124,7 +124,7 @@ def published_models(tmp_path_factory, published):
     for variant in MODELS:
         weights = published_weights(variant)
         path = save(base / files[variant]["checkpoint_file"], {"state_dict": weights, "arch": variant, "epoch": 300})
-        expected[variant] = outputs_of_the_published_package(published, variant, weights, pixels)
+        expected[variant] = published_model(published, variant, weights)(pixels)
         del weights
         lines[variant] = converted(path, base / variant)
         path.unlink()

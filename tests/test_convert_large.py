@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import RELOAD, outputs_of_the_published_package, published_weights, save
+from checkpoints import RELOAD, published_model, published_weights, save
 from conftest import ROOT, run_python
 from safetensors.torch import load_file
 from weights import image
@@ -47,7 +47,7 @@ def test_the_largest_model(published, tmp_path, capsys):
     pixels = image((1, 3, 64, 96))
     torch.save(pixels, tmp_path / "pixels.pt")
     weights = torch.load(file, mmap=True)["state_dict"]
-    expected = outputs_of_the_published_package(published, VARIANT, weights, pixels)
+    expected = published_model(published, VARIANT, weights)(pixels)
     run_python(RELOAD, tmp_path / "pixels.pt", tmp_path / "second")
     actual = load_file(tmp_path / "second" / "outputs.safetensors")
     for name, value in expected.items():

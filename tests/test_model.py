@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from checkpoints import published_model, published_weights
 from conftest import FIXTURES, SHAPES
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import (
@@ -33,11 +34,11 @@ def assert_close(name, value, reference):
     assert error < TOLERANCE, f"{name}: {error:.1e} of the reference's standard deviation"
 
 
-def backbone(variant, num_labels=1000):
-    """The published model's architecture with filled weights."""
+def backbone(variant, weights):
+    """The published model's architecture with these weights."""
     with torch.device("meta"):
-        model = MambaVision(MambaVisionConfig(**VARIANTS[variant]), num_labels)
-    model.load_state_dict(filled(SHAPES[variant]), assign=True)
+        model = MambaVision(MambaVisionConfig(**VARIANTS[variant]), 1000)
+    model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
@@ -53,7 +54,8 @@ def classifier(small_config):
 @torch.inference_mode()
 def test_equals_recorded_outputs_of_the_published_package(case):
     metadata = GOLDEN.metadata()
-    model = backbone(metadata[f"{case}.variant"])
+    variant = metadata[f"{case}.variant"]
+    model = backbone(variant, filled(SHAPES[variant]))
     pixel_values = image(json.loads(metadata[f"{case}.input_shape"]))
     pooled, maps = model.forward_features(pixel_values)
     assert_close("logits", model(pixel_values), GOLDEN.get_tensor(f"{case}.logits"))
@@ -66,25 +68,17 @@ def test_equals_recorded_outputs_of_the_published_package(case):
 @pytest.mark.parametrize("variant", ["T", "T2", "S", "B", "L"])
 @torch.inference_mode()
 def test_equals_the_published_package(published, variant):
-    tensors = filled(SHAPES[f"MambaVision-{variant}-1K"])
-    theirs = getattr(published, f"mamba_vision_{variant}")(
-        layer_scale=VARIANTS[f"MambaVision-{variant}-1K"]["layer_scale"]
-    )
-    theirs.load_state_dict(tensors)
-    theirs.eval()
-    maps = {}
-    for i in range(3):  # their stages give only what comes after the downsampling
-        theirs.levels[i].downsample.register_forward_pre_hook(lambda _, inputs, i=i: maps.update({i: inputs[0]}))
-    theirs.levels[3].register_forward_hook(lambda _, inputs, output: maps.update({3: output}))
-    theirs.head.register_forward_pre_hook(lambda _, inputs: maps.update(pooled=inputs[0]))
-    ours = backbone(f"MambaVision-{variant}-1K")
+    variant = f"MambaVision-{variant}-1K"
+    weights = published_weights(variant)
+    theirs, ours = published_model(published, variant, weights), backbone(variant, weights)
     for shape in ((1, 3, 224, 224), (2, 3, 97, 131), (1, 3, 40, 250)):
         pixel_values = image(shape)
-        assert_close("logits", ours(pixel_values), theirs(pixel_values))
-        pooled, our_maps = ours.forward_features(pixel_values)
-        assert_close("pooled", pooled, maps["pooled"])
-        for i in range(4):
-            assert_close(f"map{i}", our_maps[i], maps[i])
+        expected = theirs(pixel_values)
+        pooled, maps = ours.forward_features(pixel_values)
+        actual = {"logits": ours(pixel_values), "pooled": pooled, **{f"map{i}": maps[i] for i in range(4)}}
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_close(name, actual[name], value)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -287,7 +281,7 @@ def test_another_convolution_in_the_mixer_is_called(name, change):
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1000), (torch.float16, 1)])
 @torch.inference_mode()
 def test_half_precision_of_a_published_size_stays_finite(dtype, scale):
-    model = backbone("MambaVision-T-1K").to(dtype)
+    model = backbone("MambaVision-T-1K", published_weights("MambaVision-T-1K")).to(dtype)
     pooled, maps = model.forward_features(scale * image((1, 3, 64, 64)))
     assert all(x.isfinite().all() and x.dtype == dtype for x in (pooled, model.head(pooled), *maps))
 
