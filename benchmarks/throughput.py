@@ -192,7 +192,9 @@ class Models:
         self.variant, self.device, self.compile_mode = variant, args.device, args.compile_mode
         self.folder, self.published, self.no_published = folder, published, no_published
         self.config_class = common.repository("configuration_mambavision").MambaVisionConfig
-        self.settings = common.repository("configuration_mambavision").VARIANTS[f"MambaVision-{variant}"]
+        self.settings = dict(common.repository("configuration_mambavision").VARIANTS[f"MambaVision-{variant}"])
+        if args.quick:
+            self.settings["depths"] = [1, 1, 2, 2]  # one block of each kind a stage
         self.image_size = args.image_size or self.settings.get("resolution", 224)
         self.built, self.flops = {}, {}
         torch.manual_seed(0)

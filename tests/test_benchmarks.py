@@ -238,7 +238,7 @@ def test_throughput_program(tmp_path):
     for label, entry in inference["contenders"].items():
         for key in ("ms", "images_per_s", "percent_of_peak"):
             assert_is_a_spread(entry[key])
-        assert entry["weights_mb"] == pytest.approx((102 if "resnet" in label else 127) / (1 + ("bf16" in label)), 0.05)
+        assert entry["weights_mb"] == pytest.approx((102 if "resnet" in label else 60) / (1 + ("bf16" in label)), 0.05)
         if label.startswith("ours"):
             assert entry["difference"] < (1e-3 if "fp32" in label else 0.3), "the published model's function"
     pairs = {(x["contender"], x["against"]) for x in inference["speedups"]}

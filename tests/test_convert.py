@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1209,10 +1210,14 @@ for existing in (True, False):
 """
 
 
+def at_every_line(*arguments) -> list[str]:
+    command = [sys.executable, "-c", AT_EVERY_LINE, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 @pytest.mark.parametrize("exchange", ["exchange", "two renames"])
 def test_killed_at_every_line_of_publishing(tmp_path, exchange):
-    lines = run_python(AT_EVERY_LINE, tmp_path, exchange, "SIGKILL").stdout.splitlines()
-    kills = assert_old_or_new(lines, two_renames=exchange != "exchange")
+    kills = assert_old_or_new(at_every_line(tmp_path, exchange, "SIGKILL"), two_renames=exchange != "exchange")
     assert len(kills) > 40
     states = {(existing, before) for existing, _, before, *_ in kills}
     assert {("True", "old"), ("True", "new"), ("False", "absent"), ("False", "new")} <= states
@@ -1221,7 +1226,7 @@ def test_killed_at_every_line_of_publishing(tmp_path, exchange):
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_interrupted_at_every_line_of_publishing(tmp_path, number):
     """Whatever is interrupted clears up itself, without a next run, and never loses the old folder."""
-    lines = run_python(AT_EVERY_LINE, tmp_path, "two renames", number).stdout.splitlines()
+    lines = at_every_line(tmp_path, "two renames", number)
     assert len(lines) > 80
     for line in lines:
         existing, _, state, _, left = line.split(" ", 4)
@@ -1270,7 +1275,7 @@ def test_terminated_it_clears_up(tmp_path, checkpoint):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     weights = tmp_path / "work" / ".out.partial" / "mambavision" / "model.safetensors"
     while process.poll() is None and not weights.exists():
-        pass
+        time.sleep(0.001)
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.splitlines()[-1] == "error: terminated"

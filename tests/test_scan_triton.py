@@ -236,15 +236,6 @@ class TestInterpreted:
             (ours,) = torch.autograd.grad(kernels.scan_concat(*some), some[index], grad)
             assert torch.equal(ours, every[3][..., -8:] if wanted is None else every[wanted])
 
-    def test_twice_gives_the_same_bits(self, monkeypatch):
-        divided(monkeypatch, chunk=8)
-        results = []
-        for _ in range(2):
-            leaves, inputs = make(2, 20, 40, torch.float32)
-            out = kernels.scan_concat(*inputs)
-            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
     @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)])
     def test_empty(self, shape):
         leaves, inputs = make(*shape, torch.float32)
@@ -269,14 +260,13 @@ class TestInterpreted:
             return out, *torch.autograd.grad(out.float().sum(), parameters)
 
         expected = outputs(inputs)
-        memory = torch.empty(2**31 + 2**12, dtype=torch.float16)  # reserved, but only used where it is written
+        memory = torch.empty(2**31 + 2**13, dtype=torch.float16)  # reserved, but only used where it is written
         # indices and strides that fit into 32 bits, and products that do not
         strides = {"sequences": (2**30, 64, 1), "steps": (64, 2**31 // 9 + 1, 1)}[far]
-        for index in (0, 1, 3, 4, 7):  # u, dt, B, C, z
-            there = memory.as_strided(inputs[index].shape, strides)
-            there.copy_(inputs[index])
-            moved = outputs([*inputs[:index], there, *inputs[index + 1 :]])
-            assert all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)), f"argument {index}"
+        for start, index in enumerate((0, 1, 3, 4, 7)):  # u, dt, B, C, z
+            there = memory.as_strided(inputs[index].shape, strides, 2**10 * start)
+            inputs[index] = there.copy_(inputs[index])
+        assert all(torch.equal(a, b) for a, b in zip(outputs(inputs), expected, strict=True))
 
     def test_operators_are_well_formed(self):
         _, inputs = make(2, 3, 4, torch.float32)
