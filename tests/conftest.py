@@ -102,16 +102,14 @@ def published_style_folder(folder: Path, variant: str, seed: int = 0) -> Path:
 
 
 def run_python(code: str, *arguments, overlay: Path | None = None, check: bool = True, **environment):
-    """Run `code` in a new process: with `overlay`, packages before the installed ones, or an environment of its own
+    """Run `code` in a new process: with `overlay`, packages before the installed ones; with an environment of its own,
     in a new interpreter."""
-    if not overlay and not environment:
-        done = run_forked(code, *arguments)
-        assert not check or done.returncode == 0, done.stderr[-3000:]
-        return done
-    path = [str(overlay)] if overlay else []
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **environment}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    if environment:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        variables = {**os.environ, "PYTHONPATH": str(overlay or ""), **environment}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    else:
+        done = run_forked(code, *arguments, overlay=overlay)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 

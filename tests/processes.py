@@ -4,9 +4,12 @@ What runs in them sees arguments, environment, output and exit code as in an int
 themselves matter, or what the environment makes of them, that is what a test needs (`conftest.run_python`).
 """
 
-import multiprocessing
+import importlib
+import json
 import os
 import runpy
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,48 +17,74 @@ import traceback
 from pathlib import Path
 
 
-_path = sys.path.copy()  # not what tests and libraries put there since
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torchvision", "transformers.image_processing_utils", "transformers.modeling_utils"])
+_templates: dict[Path | None, subprocess.Popen] = {}
 
 
-def run_forked(program: Path | str, *arguments, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run a program, a file or Python code, to its end; as `subprocess.run(capture_output=True, text=True)`."""
+def run_forked(
+    program: Path | str, *arguments, overlay: Path | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run a program, a file or Python code, to its end; as `subprocess.run(capture_output=True, text=True)`.
+
+    With `overlay`, packages in that folder come before the installed ones.
+    """
+    if overlay not in _templates:
+        environment = {**os.environ, "PYTHONPATH": str(overlay or "")}
+        _templates[overlay] = subprocess.Popen(
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True
+        )  # fmt: skip
+    template = _templates[overlay]
     command = [str(program) if isinstance(program, Path) else "-c", *map(str, arguments)]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        pipes = [multiprocessing.reduction.DupFd(file.fileno()) for file in (out, err)]
-        process = _context.Process(
-            target=_main, args=(program, command, _path, dict(os.environ), str(Path.cwd()), pipes)
-        )
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("out", "err")]
+        job = {
+            "code": None if isinstance(program, Path) else program,
+            "argv": command,
+            "folder": str(Path.cwd()),
+            "environment": dict(os.environ),
+            "outputs": [str(path) for path in outputs],
+        }
+        template.stdin.write(json.dumps(job) + "\n")
+        template.stdin.flush()
+        if not select.select([template.stdout], [], [], timeout)[0]:
+            os.killpg(template.pid, signal.SIGKILL)
+            del _templates[overlay]
             raise subprocess.TimeoutExpired(command, timeout)
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode())
-    return subprocess.CompletedProcess(command, process.exitcode, *texts)
+        code = int(template.stdout.readline())
+        return subprocess.CompletedProcess(command, code, *(path.read_text() for path in outputs))
 
 
-def _main(program: Path | str, command: list, path: list, environment: dict, folder: str, pipes: list) -> None:
-    for target, pipe in zip((1, 2), pipes, strict=True):
-        source = pipe.detach()
+def _template() -> None:
+    """Imports; then forks for each job, which is a line on stdin, and answers with its exit code."""
+    sys.path.pop(0)  # this file's folder
+    for name in ("torchvision", "transformers.image_processing_utils", "transformers.modeling_utils"):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            return _run(**json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _run(code: str | None, argv: list[str], folder: str, environment: dict, outputs: list[str]) -> None:
+    for target, path in enumerate([os.devnull, *outputs]):
+        source = os.open(path, os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(source, target)
         os.close(source)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.argv = command
-    sys.path = [str(program.parent) if isinstance(program, Path) else "", *path]
+    sys.argv = argv
+    sys.path.insert(0, "" if code else str(Path(argv[0]).parent))
     try:
-        if isinstance(program, Path):
-            runpy.run_path(str(program), run_name="__main__")
+        if code:
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         else:
-            exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+            runpy.run_path(argv[0], run_name="__main__")
     except Exception:
         traceback.print_exc()
         sys.exit(1)
-    finally:
-        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _template()

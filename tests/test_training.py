@@ -36,7 +36,7 @@ def test_trainer_trains_and_its_checkpoint_reloads(small_config, tmp_path, bf16)
     model = MambaVisionModelForImageClassification(small_config)
     arguments = TrainingArguments(
         str(tmp_path / "run"),
-        num_train_epochs=5,
+        num_train_epochs=4,
         per_device_train_batch_size=16,
         learning_rate=3e-3,
         logging_steps=6,

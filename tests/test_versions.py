@@ -189,10 +189,10 @@ CHECKS = [
 ]
 
 
-def run_checks(checks, folder, overlay=None, **environment):
+def run_checks(checks, folder, overlay=None):
     """In one new process: starting it takes longer than the checks."""
     calls = "".join(f"{inspect.getsource(check)}\n{check.__name__}(sys.argv[1])\n" for check in checks)
-    run_python(f"import sys\n{calls}", folder, overlay=overlay, **environment)
+    run_python(f"import sys\n{calls}", folder, overlay=overlay)
 
 
 @pytest.fixture(scope="module")
@@ -234,16 +234,20 @@ def test_newest(check, folder):
     check(str(folder))
 
 
+def moved(folder, version, tmp_path):
+    """What `check_saving` wrote, under a name that the cache of remote code has not seen before."""
+    return shutil.move(f"{folder}-{version}", tmp_path / f"moved-{version.replace('.', '-')}")
+
+
 def test_newest_reloads_what_it_saved(folder, tmp_path):
-    """From a moved folder, in a new process, with a cache of remote code that has not seen the folder's before."""
+    """From a moved folder, in a new process."""
     check_saving(str(folder))
-    shutil.move(f"{folder}-{transformers.__version__}", tmp_path / "moved")
-    run_checks([check_reloading], tmp_path / "moved", HF_HOME=str(tmp_path / "cache"))
+    run_checks([check_reloading], moved(folder, transformers.__version__, tmp_path))
 
 
 def test_older(folder, older_transformers, tmp_path):
     """All checks; then the older version reloads what it saved, as above, and so does the newest."""
     run_checks(CHECKS, folder, older_transformers)
-    shutil.move(f"{folder}-{older_transformers.name.removeprefix('transformers-')}", tmp_path / "moved")
-    run_checks([check_reloading], tmp_path / "moved", older_transformers, HF_HOME=str(tmp_path / "cache"))
-    check_reloading(str(tmp_path / "moved"))
+    saved = moved(folder, older_transformers.name.removeprefix("transformers-"), tmp_path)
+    run_checks([check_reloading], saved, older_transformers)
+    check_reloading(str(saved))
