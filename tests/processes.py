@@ -4,6 +4,7 @@ What runs in them sees arguments, environment, output and exit code as in an int
 themselves matter, or what the environment makes of them, that is what a test needs (`conftest.run_python`).
 """
 
+import atexit
 import importlib
 import json
 import os
@@ -62,11 +63,15 @@ def _template() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            return _run(**json.loads(line))
+            code = _run(**json.loads(line))
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(code)  # to take all modules apart first would take a second
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _run(code: str | None, argv: list[str], folder: str, environment: dict, outputs: list[str]) -> None:
+def _run(code: str | None, argv: list[str], folder: str, environment: dict, outputs: list[str]) -> int:
+    """The exit code."""
     for target, path in enumerate([os.devnull, *outputs]):
         source = os.open(path, os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT, 0o600)
         os.dup2(source, target)
@@ -81,9 +86,15 @@ def _run(code: str | None, argv: list[str], folder: str, environment: dict, outp
             exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
         else:
             runpy.run_path(argv[0], run_name="__main__")
-    except Exception:
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except BaseException:
         traceback.print_exc()
-        sys.exit(1)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ def test_bytes_that_a_scan_must_move():
 
 def test_operations_of_a_model_are_those_published(tmp_path):
     """4.4 billion multiply-adds for T at 224 pixels, without the products inside attention, and 4.1 for ResNet-50."""
-    args = SimpleNamespace(device="cpu", compile_mode="default", image_size=None)
+    args = SimpleNamespace(device="cpu", compile_mode="default", image_size=None, quick=False)
     models = throughput.Models("T-1K", args, tmp_path, None, "not installed")
     assert models.flops_per_image("published", 224) / 2e9 == pytest.approx(4.4, rel=0.05)
     assert models.flops_per_image("resnet50", 224) / 2e9 == pytest.approx(4.1, abs=0.05)
