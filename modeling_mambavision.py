@@ -290,7 +290,16 @@ class TokenStage(nn.Module):
                 x = block(x)
         x = x.reshape(B, rows, columns, side, side, C).transpose(2, 3).reshape(B, rows * side, columns * side, C)
         x = x[:, :H, :W].permute(0, 3, 1, 2)
-        return (x if self.downsample is None else self.downsample(x)), x
+        return (x if self.downsample is None else self.downsample(_plain_if_small(x, self.downsample))), x
+
+
+def _plain_if_small(x: Tensor, layer: nn.Module) -> Tensor:
+    """In the layout of the convolution's weights where these are more: a CPU would copy them into that of the map."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return x
+    weight = next(layer.parameters(), None)
+    copies = weight is not None and weight.is_contiguous() and x.numel() < weight.numel()
+    return x.contiguous() if copies else x
 
 
 class MambaVision(nn.Module):
