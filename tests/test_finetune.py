@@ -243,7 +243,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path, command, capfd):
     assert len(curves[0]) == 13 and curves[1] == pytest.approx(curves[0], abs=1e-3)
     assert len(set(curves[0])) == 13
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    # not the convolutions' biases and the means behind them, which BatchNorm takes away: Adam makes steps of their noise
+    # not the convolutions' biases and the means behind them: BatchNorm takes them away, and Adam makes steps of noise
     for name in first:
         if first[name].ndim > 1 or "running_var" in name:
             assert (second[name] - first[name]).norm() < 0.01 * first[name].norm(), name

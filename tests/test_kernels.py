@@ -5,7 +5,7 @@ The interpreter is switched on by TRITON_INTERPRET=1 before triton is first impo
 nothing can be compiled then; and torch itself imports triton. So the tests of TestInterpreted run in a process of their
 own, in which `test_in_the_interpreter` runs this file again. To see them one by one:
 
-    TRITON_INTERPRET=1 pytest tests/test_scan_triton.py
+    TRITON_INTERPRET=1 pytest tests/test_kernels.py
 """
 
 import importlib.util
