@@ -294,7 +294,10 @@ class TokenStage(nn.Module):
 
 
 def _plain_if_small(x: Tensor, layer: nn.Module) -> Tensor:
-    """In the layout of the convolution's weights where these are more: a CPU would copy them into that of the map."""
+    """The map (B, C, H, W), in the layout of the convolution's weights where these are more.
+
+    For a map in channels_last, a CPU would bring the weights into that layout at every call.
+    """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return x
     weight = next(layer.parameters(), None)

@@ -439,10 +439,17 @@ def versions(published: Path | None = None) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with "-dirty" where files differ from it; outside git what $COMMIT says."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit that is checked out, with "-dirty" where files other than results differ from it; outside git what
+    $COMMIT says."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+        return git("rev-parse", "HEAD") + "-dirty" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("COMMIT")
 

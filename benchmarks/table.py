@@ -115,7 +115,8 @@ def caption(machine: dict) -> str:
     runs = [group["run"] for group in machine["groups"]]
     rounds = [group["rounds"] for group in machine["groups"]]
     accepted, rejected = (sum(x[name] for x in rounds) for name in ("accepted", "rejected"))
-    commits = dict.fromkeys(f"`{run['commit'][:7]}`" for run in runs if run["commit"])
+    names = (run["commit"] for run in runs if run["commit"])
+    commits = dict.fromkeys(f"`{name[:7]}{'-dirty' * name.endswith('-dirty')}`" for name in names)
     versions = {name: version for run in runs for name, version in run["versions"].items()}
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (

@@ -51,8 +51,11 @@ def run_forked(
             os.killpg(template.pid, signal.SIGKILL)
             del _templates[overlay]
             raise subprocess.TimeoutExpired(command, timeout)
-        code = int(template.stdout.readline())
-        return subprocess.CompletedProcess(command, code, *(path.read_text() for path in outputs))
+        answer = template.stdout.readline()
+        if not answer:
+            del _templates[overlay]
+            raise RuntimeError(f"the process to fork from ended with {template.wait()}; its stderr says why")
+        return subprocess.CompletedProcess(command, int(answer), *(path.read_text() for path in outputs))
 
 
 def _template() -> None:
@@ -66,6 +69,7 @@ def _template() -> None:
             code = _run(**json.loads(line))
             atexit._run_exitfuncs()
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)  # to take all modules apart first would take a second
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 

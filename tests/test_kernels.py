@@ -440,7 +440,7 @@ class TestCompiled:
     @pytest.mark.parametrize(("name", "constants"), VARIANTS, ids=lambda x: x if isinstance(x, str) else "")
     def test_every_kernel_compiles(self, tmp_path, arch, name, constants):
         flags = {key: value for key, value in constants.items() if key in ("CHUNKED", "SAVE", "BACKWARD")}
-        for inputs in ("bf16", "fp32") if arch == 90 else ("bf16",):
+        for inputs in ("bf16", "fp32"):
             compiled = compile_for(arch, name, constants, inputs)
             registers, stack = resources(compiled, tmp_path)
             print(f"sm_{arch} {name} {flags} {inputs}: {registers} registers, {stack} bytes spilled")

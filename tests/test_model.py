@@ -75,7 +75,7 @@ def test_equals_the_published_package(published, variant):
         pixel_values = image(shape)
         expected = theirs(pixel_values)
         pooled, maps = ours.forward_features(pixel_values)
-        actual = {"logits": ours.head(pooled), "pooled": pooled, **{f"map{i}": maps[i] for i in range(4)}}
+        actual = {"logits": ours(pixel_values), "pooled": pooled, **{f"map{i}": maps[i] for i in range(4)}}
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
             assert_close(name, actual[name], value)
@@ -93,6 +93,18 @@ def test_mixer_kinds_alternate_in_halves(small_config):
         [isinstance(b.mixer, MambaVisionMixer) for b in MambaVision(small_config).levels[i].blocks] for i in (2, 3)
     ]
     assert kinds == [[True, True, False], [True, False]]
+
+
+@pytest.mark.parametrize(("batch", "last", "is_plain"), [(1, False, True), (128, False, False), (1, True, False)])
+@torch.inference_mode()
+def test_small_maps_spare_the_copy_of_the_last_downsamplings_weights(classifier, batch, last, is_plain):
+    """With weights in channels_last there is nothing to spare."""
+    reduction, seen = classifier.model.levels[2].downsample.reduction, []
+    reduction.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    if last:
+        reduction.to(memory_format=torch.channels_last)
+    classifier(image((batch, 3, 64, 64)))
+    assert seen == [is_plain]
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 64, 64), (1, 3, 1, 1), (2, 3, 1, 77), (1, 3, 33, 2), (3, 3, 64, 64)])
