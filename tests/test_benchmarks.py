@@ -325,6 +325,25 @@ def test_scan_contenders_have_the_reference_outputs_and_gradients(length, monkey
             assert error < 1e-5, name
 
 
+def test_the_commit_tells_of_changes_but_not_of_new_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setenv("COMMIT", "of a copy")
+    assert common.commit() == "of a copy"
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    files = [tmp_path / "code.py", tmp_path / "benchmarks" / "results" / "machine.json"]
+    for file in files:
+        file.write_text("1")
+    git = ["git", "-C", tmp_path, "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    clean = common.commit()
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    files[1].write_text("2")
+    assert common.commit() == clean
+    files[0].write_text("2")
+    assert common.commit() == f"{clean}-dirty"
+
+
 def test_bytes_that_a_scan_must_move():
     inputs = scan.make_inputs(2, 10, 12, torch.bfloat16, "cpu")
     tokens, weights = 2 * (2 * 2 * 10 * 12 + 2 * 2 * 10 * 8), 4 * (12 * 8 + 12 + 12)
