@@ -1,11 +1,12 @@
-"""A copy of a MambaVision model for inference: what can be computed beforehand is, and memory is read less often.
+"""Less work in inference: layers computed together with what follows them, and a copy of a model with BatchNorm folded.
 
-BatchNorm becomes a part of the convolution before it or of the head behind it, layer scale of the layer before it. On
-a CPU, where torch has oneDNN, its convolutions and linear layers then add the bias and apply the activation to results
-that are still in the cache; GELU and the linear layers only where AVX-512 is, for without it torch's own are faster.
+In the copy BatchNorm is a part of the convolution before it or of the head behind it, layer scale of the layer before
+it. On a CPU, where torch has oneDNN, a layer adds its bias and applies the activation to results that are still in the
+cache; GELU and the linear layers only where AVX-512 is, for without it torch's own are faster.
 """
 
 import copy
+import functools
 
 import torch
 import torch.nn as nn
@@ -26,12 +27,12 @@ def fused_copy(model: nn.Module) -> nn.Module:
     for i in (0, 3) if isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
         if not (_is_plain(stem[i]) and _is_plain(stem[i + 1]) and type(stem[i + 2]) is nn.ReLU):
             continue
-        stem[i] = _with_activation(fuse_conv_bn_eval(stem[i], stem[i + 1]), stem[i + 2])
+        stem[i] = FusedConv2d(fuse_conv_bn_eval(stem[i], stem[i + 1]), stem[i + 2])
         stem[i + 1], stem[i + 2] = nn.Identity(), nn.Identity()
     for level in fused.model.levels:
         reduction = getattr(level.downsample, "reduction", None)
         if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain(reduction[0]):
-            reduction[0] = _with_activation(reduction[0], nn.Identity())
+            reduction[0] = FusedConv2d(reduction[0], nn.Identity())
         for block in level.blocks:
             if all(_is_plain(getattr(block, name, None)) for name in ("conv1", "norm1", "conv2", "norm2")):
                 _fuse_conv_block(block)
@@ -54,12 +55,12 @@ def _refuse(*args, **kwargs):
 
 
 def _fuse_conv_block(block: nn.Module) -> None:
-    block.conv1 = _with_activation(fuse_conv_bn_eval(block.conv1, block.norm1), block.act1)
+    block.conv1 = FusedConv2d(fuse_conv_bn_eval(block.conv1, block.norm1), block.act1)
     conv2 = fuse_conv_bn_eval(block.conv2, block.norm2)
     if block.gamma is not None:
         _scale(conv2, block.gamma)
         block.gamma = None
-    block.conv2 = _with_activation(conv2, nn.Identity())
+    block.conv2 = FusedConv2d(conv2, nn.Identity())
     block.norm1, block.act1, block.norm2 = nn.Identity(), nn.Identity(), nn.Identity()
 
 
@@ -70,11 +71,6 @@ def _fuse_token_block(block: nn.Module) -> None:
         _scale(getattr(mixer, ends), block.gamma_1)
         _scale(mlp.fc2, block.gamma_2)
         block.gamma_1 = block.gamma_2 = None
-    if _is_plain(mlp.fc1):
-        mlp.fc1, mlp.act = _with_activation(mlp.fc1, mlp.act), nn.Identity()
-    for module, name in ((mixer, "qkv"), (mixer, "in_proj"), (mixer, ends), (mlp, "fc2")):
-        if _is_plain(getattr(module, name, None)):
-            setattr(module, name, _with_activation(getattr(module, name), nn.Identity()))
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
@@ -87,7 +83,8 @@ def _is_plain(layer: nn.Module | None) -> bool:
 def is_untouched(layer: nn.Module) -> bool:
     """Whether a layer may be computed by other means than calling it: nobody hooked it or replaced its forward."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return not any(hooks) and "forward" not in layer.__dict__
+    everywhere = nn.modules.module._has_any_global_hook()
+    return not (any(hooks) or everywhere or "forward" in layer.__dict__)
 
 
 def _scale(layer: nn.Module, gamma: Tensor) -> None:
@@ -97,30 +94,24 @@ def _scale(layer: nn.Module, gamma: Tensor) -> None:
         layer.bias *= gamma
 
 
-def _with_activation(layer: nn.Module, activation: nn.Module) -> nn.Module:
-    return (FusedConv2d if isinstance(layer, nn.Conv2d) else FusedLinear)(layer, activation)
+_ACTIVATIONS = {type(None): "none", nn.Identity: "none", nn.ReLU: "relu", nn.GELU: "gelu"}  # oneDNN's names
 
 
-class _Fused(nn.Module):
-    """A layer and the activation behind it (none: nn.Identity), in one pass over memory where oneDNN runs."""
+class FusedConv2d(nn.Module):
+    """A convolution and the activation behind it (none: nn.Identity), in one pass over memory where oneDNN runs."""
 
-    def __init__(self, layer: nn.Module, activation: nn.Module):
+    def __init__(self, layer: nn.Conv2d, activation: nn.Module):
         super().__init__()
-        self.layer, self.activation = layer, activation
-        # oneDNN's name of the activation, and of the way to compute it
-        self.names = {
-            nn.Identity: ("none", ""),
-            nn.ReLU: ("relu", ""),
-            nn.GELU: ("gelu", getattr(activation, "approximate", "")),
-        }[type(activation)]
-        # without AVX-512, oneDNN's GELU and its matrix products take longer than what one pass less saves
-        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        self.one_pass_pays = wide or not (isinstance(layer, nn.Linear) or isinstance(activation, nn.GELU))
+        self.layer = layer.to(memory_format=torch.channels_last)  # or each call copies the weights
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.one_pass_pays and _onednn_takes(x, self.layer.weight):
-            return self.in_one_pass(x, *self.names)
-        return self.activation(self.layer(x))
+        c = self.layer
+        if _onednn_takes(x, c.weight) and (_is_wide() or type(self.activation) is not nn.GELU):
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups, *_pointwise(self.activation)
+            )
+        return self.activation(c(x))
 
     def __getattr__(self, name: str):
         """`weight`, `bias`, `in_channels`, ...: what code reads from the layer that this stands for."""
@@ -132,31 +123,40 @@ class _Fused(nn.Module):
             return getattr(self.layer, name)
 
 
-class FusedLinear(_Fused):
-    def in_one_pass(self, x: Tensor, activation: str, algorithm: str) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.layer.weight, self.layer.bias, activation, [], algorithm)
+def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:
+    """activation(layer(x)), in one pass over memory where that is faster and nobody looks on."""
+    is_known = type(layer) is nn.Linear and type(activation) in _ACTIVATIONS
+    is_free = activation is None or is_untouched(activation)
+    if is_known and is_free and _onednn_takes(x, layer.weight) and _is_wide() and _is_plain(layer):
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
+    x = layer(x)
+    return x if activation is None else activation(x)
 
 
-class FusedConv2d(_Fused):
-    def __init__(self, layer: nn.Module, activation: nn.Module):
-        super().__init__(layer.to(memory_format=torch.channels_last), activation)  # or each call copies the weights
+def _pointwise(activation: nn.Module | None) -> tuple[str, list, str]:
+    """What oneDNN's operators do to their results: the function, its numbers, and the way to compute it."""
+    return _ACTIVATIONS[type(activation)], [], getattr(activation, "approximate", "")
 
-    def in_one_pass(self, x: Tensor, activation: str, algorithm: str) -> Tensor:
-        c = self.layer
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups, activation, [], algorithm
-        )
+
+def _is_wide() -> bool:
+    """Whether oneDNN's GELU and matrix products are faster than torch's own: without AVX-512 they are not."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's fused operators, which are not differentiable, can run on a CPU's eager tensors like these."""
-    if x.device.type != "cpu" or x.dtype != weight.dtype or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or (torch.is_grad_enabled() and x.requires_grad):
+    if x.device.type != "cpu" or weight.device != x.device or x.dtype != weight.dtype or x.numel() == 0:
         return False
-    return x.dtype in _onednn_dtypes()
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():  # such as one that counts operations
+        return False
+    return torch.backends.mkldnn.enabled and x.dtype in _onednn_dtypes()
 
 
+@functools.cache
 def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputW
 from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
-from .fusion_mambavision import fused_copy, is_untouched
+from .fusion_mambavision import fused_copy, is_untouched, linear
 from .selective_scan import backend_on, is_traced_for_export, scan_concat, selective_scan, silu_convolve
 
 
@@ -145,7 +145,7 @@ class MambaVisionMixer(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, C/2)
+        x, z = linear(hidden_states, self.in_proj).chunk(2, dim=-1)  # (B, L, C/2)
         x = _silu_convolve(self.conv1d_x, x)
         dt, B, C = self.x_proj(x).split([self.dt_rank, STATES, STATES], dim=-1)
         # The published weights were trained with the bias of dt_proj counted twice. Its second copy comes out of the
@@ -154,8 +154,8 @@ class MambaVisionMixer(nn.Module):
         A = -torch.exp(self.A_log.float())
         scanned = (x, self.dt_proj(dt), A, B, C, self.D.float(), dt_bias)
         if _is_plain(self.conv1d_z):
-            return self.out_proj(scan_concat(*scanned, z, self.conv1d_z.weight))
-        return self.out_proj(torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1))
+            return linear(scan_concat(*scanned, z, self.conv1d_z.weight), self.out_proj)
+        return linear(torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1), self.out_proj)
 
 
 def _silu_convolve(conv: nn.Module, x: Tensor) -> Tensor:
@@ -185,8 +185,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, C/heads)
-        return self.proj(_attend(q, k, v).transpose(1, 2).flatten(2))
+        qkv = linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, C/heads)
+        return linear(_attend(q, k, v).transpose(1, 2).flatten(2), self.proj)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return linear(linear(x, self.fc1, self.act), self.fc2)
 
 
 class TokenBlock(nn.Module):

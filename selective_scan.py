@@ -50,6 +50,8 @@ _BLOCK_ELEMENTS = 2**19
 _LOG2_E = math.log2(math.e)
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
 _LEAST_STEPS = 16
+# Elements of a step up to which fewer and larger operators are worth twice the arithmetic
+_SMALL_STEP = 2560
 
 
 def selective_scan(
@@ -276,16 +278,16 @@ def _blocked_forward(
     for tile in _slices(batch, rows):
         y_, *inputs = _by_steps(tile, y, u, dt, B, C)
         decay_, h_ = _Buffer(decay, tile), _Buffer(h, tile)
-        h_.steps[0].zero_()
+        h_.whole[0].zero_()
         for index, run in enumerate(_slices(length, block)):
             x, dt_, B_, C_ = (tensor[run].to(dtype) for tensor in inputs)
             if save_states:
-                starts[index, tile] = h_.steps[0]
+                starts[index, tile] = h_.whole[0]
             delta = F.softplus(dt_ + dt_bias)
-            _run_block(delta, delta * x, A_log2e, B_, decay_, h_)
+            _run_block(delta, delta * x, A_log2e, B_, decay_, h_, keeps_decay=False)
             out = torch.matmul(C_.unsqueeze(-2), h_.whole[1 : len(x) + 1]).squeeze(-2)
             y_[run] = out.addcmul_(x, D)
-            h_.steps[0].copy_(h_.steps[len(x)])
+            h_.whole[0].copy_(h_.whole[len(x)])
     return y, starts
 
 
@@ -317,7 +319,7 @@ def _blocked_backward(
             delta = F.softplus(pre)
             delta_x = delta * x
             h_.steps[0].copy_(starts[index, tile])
-            _run_block(delta, delta_x, A_log2e, B_, decay_, h_)
+            _run_block(delta, delta_x, A_log2e, B_, decay_, h_, keeps_decay=True)
             a, before, after = decay_.whole[:steps], h_.whole[:steps], h_.whole[1 : steps + 1]
 
             # grad_h[t] = C[t] grad_y[t] + decay[t+1] grad_h[t+1]
@@ -351,10 +353,15 @@ class _Buffer:
 
     def __init__(self, buffer: Tensor, tile: slice):
         self.whole = buffer[:, : tile.stop - tile.start]
-        self.steps = self.whole.unbind(0)
+
+    @functools.cached_property
+    def steps(self) -> tuple[Tensor, ...]:
+        return self.whole.unbind(0)
 
 
-def _run_block(delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay: _Buffer, h: _Buffer) -> None:
+def _run_block(
+    delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay: _Buffer, h: _Buffer, keeps_decay: bool
+) -> None:
     """Fills `decay`, and `h` after its first step, which is where the states start.
 
     delta, delta_x (steps, batch, channels); A times log2(e) (states, channels); B (steps, batch, states).
@@ -363,8 +370,33 @@ def _run_block(delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay
     # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
     torch.mul(delta.unsqueeze(-2), A_log2e, out=decay.whole[:steps]).exp2_()
     torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=h.whole[1 : steps + 1])
+    if not keeps_decay and h.whole[0].numel() <= _SMALL_STEP:
+        _recur_in_chunks(decay.whole[:steps], h.whole[: steps + 1])
+        return
     for t in range(steps):
         h.steps[t + 1].addcmul_(decay.steps[t], h.steps[t])
+
+
+def _recur_in_chunks(decay: Tensor, h: Tensor) -> None:
+    """h[t + 1] += decay[t] h[t], t = 0, 1, ..., in 3 sqrt(steps) larger operators instead of one for each step.
+
+    All chunks of steps at once, each from a state of zero; then, chunk after chunk, what the state before adds.
+    `decay` becomes its products since the start of the chunk.
+    """
+    steps = len(decay)
+    size = math.isqrt(steps)
+    chunks = steps // size
+    whole = chunks * size
+    h[1].addcmul_(decay[0], h[0])
+    h_of, decay_of = (x.unflatten(0, (chunks, size)) for x in (h[1 : whole + 1], decay[:whole]))
+    h_at, decay_at = h_of.unbind(1), decay_of.unbind(1)  # of all chunks, at one of their steps
+    for t in range(1, size):
+        h_at[t].addcmul_(decay_at[t], h_at[t - 1])
+        decay_at[t].mul_(decay_at[t - 1])
+    for k in range(1, chunks):
+        h_of[k].addcmul_(decay_of[k], h_of[k - 1, -1])
+    for t in range(whole, steps):
+        h[t + 1].addcmul_(decay[t], h[t])
 
 
 def _by_steps(tile: slice, *tensors: Tensor) -> list[Tensor]:

@@ -18,6 +18,7 @@ from repository.modeling_mambavision import (
     MambaVisionModelForImageClassification,
 )
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 from weights import filled, image
 
 
@@ -317,20 +318,60 @@ def test_half_precision_stays_finite_and_close(classifier, dtype, scale, autocas
 
 @pytest.fixture(params=["AVX2", "AVX512"])
 def processor(request, monkeypatch):
-    """What fuse() takes the processor for: without AVX-512 it leaves more of the layers to torch."""
+    """What the model takes the processor for: without AVX-512 it leaves more of the layers to torch."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
     return request.param
 
 
 @torch.inference_mode()
-def test_fused_copy_takes_the_faster_operators(classifier, processor):
-    fused = classifier.fuse()
-    with torch.profiler.profile() as profile:
-        fused(image((1, 3, 64, 64)))
-    called = {event.key for event in profile.key_averages()}
+def test_the_faster_operators_are_taken(classifier, processor):
     has_onednn = torch.backends.mkldnn.is_available()
-    assert ("mkldnn::_convolution_pointwise" in called) == has_onednn
-    assert ("mkldnn::_linear_pointwise" in called) == (has_onednn and processor == "AVX512")
+    for model in (classifier, classifier.fuse()):
+        with torch.profiler.profile() as profile:
+            model(image((1, 3, 64, 64)))
+        called = {event.key for event in profile.key_averages()}
+        assert ("mkldnn::_convolution_pointwise" in called) == (has_onednn and model is not classifier)
+        assert ("mkldnn::_linear_pointwise" in called) == (has_onednn and processor == "AVX512")
+
+
+@pytest.mark.usefixtures("processor")
+def test_the_faster_operators_compute_the_same(classifier):
+    """With gradients none of them can run."""
+    pixel_values = image((2, 3, 70, 50))
+    expected = classifier(pixel_values).logits.detach()
+    with torch.no_grad():
+        assert (classifier(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+    expected = classifier.to(torch.bfloat16)(pixel_values).logits.detach().float()
+    with torch.no_grad():
+        assert (classifier(pixel_values).logits - expected).abs().max() < 0.1 * expected.std()
+
+
+@pytest.mark.usefixtures("processor")
+@torch.no_grad()
+def test_who_looks_on_sees_every_layer(classifier):
+    """Hooks of single modules and of all, and what counts or records operators."""
+    pixel_values, seen = image((1, 3, 64, 64)), []
+    layers = {module for module in classifier.modules() if type(module) in (nn.Linear, nn.GELU)}
+
+    def note(module, *_):
+        seen.append(module)
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    classifier(pixel_values)
+    assert len(seen) == len(layers) and set(seen) == layers
+    for handle in handles:
+        handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(note)
+    try:
+        classifier(pixel_values)
+    finally:
+        handle.remove()
+    assert set(seen[len(layers) :]) >= {module for module in classifier.modules() if not list(module.children())}
+    with FlopCounterMode(display=False) as counter:
+        classifier(pixel_values)
+    with torch.enable_grad(), FlopCounterMode(display=False) as plain:
+        classifier(pixel_values)
+    assert counter.get_total_flops() == plain.get_total_flops()
 
 
 @pytest.mark.usefixtures("processor")
