@@ -53,6 +53,11 @@ _LEAST_STEPS = 16
 # Elements of a step up to which fewer and larger operators are worth twice the arithmetic
 _SMALL_STEP = 2560
 
+# softplus takes six times as long on AMD's processors with AVX-512 as long as nothing has touched a certain page of
+# torch's constants: its logarithm (Sleef's log1p) loads one of them under a mask, which only a negative zero sets, and
+# a masked load from a page that is not there yet goes through microcode, every time. So this loads it.
+torch.log1p(torch.tensor([-0.0], device="cpu", dtype=torch.float32))
+
 
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, backend: str = "auto"
