@@ -65,6 +65,15 @@ def test_equals_the_float64_recurrence(form, length):
         assert relative_error(value, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 49, 63, 500])
+def test_steps_in_a_loop_and_in_chunks_give_the_same(monkeypatch, length):
+    inputs = random_inputs(1, length, 20)
+    expected = sequential_float64(*inputs)
+    for largest in (0, 2**30):
+        monkeypatch.setattr(scan_module, "_SMALL_STEP", largest)
+        assert relative_error(selective_scan(*inputs), expected) < TOLERANCE[torch.float64]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", FORMS)
 def test_half_precision_inputs_are_scanned_in_float32(form, dtype):
