@@ -39,11 +39,6 @@ STATES = 8  # of the selective scan, per channel
 # Where a checkpoint comes from, among the arguments of `from_pretrained`
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-# glibc gives memory back to the system as soon as twice the largest block that was ever freed lies unused, and asks for
-# it again in the next layer. The largest block that it learns from (mallopt(3)), never touched, makes a batch of eight
-# 4 % faster on a CPU, and costs nothing but up to 64 MB that stay with the process.
-torch.empty(32 * 2**20 - 2**13, dtype=torch.uint8, device="cpu")
-
 
 class PatchEmbed(nn.Module):
     """The stem: an image (B, in_chans, H, W) to a map (B, dim, H/4, W/4), sides rounded up."""

@@ -58,6 +58,11 @@ _SMALL_STEP = 2560
 # a masked load from a page that is not there yet goes through microcode, every time. So this loads it.
 torch.log1p(torch.tensor([-0.0], device="cpu", dtype=torch.float32))
 
+# glibc gives memory back to the system as soon as twice the largest block that was ever freed lies unused, and asks for
+# it again in the next layer. The largest block that it learns from (mallopt(3)), never touched, makes a whole model of
+# eight images 4 % faster on a CPU, and costs nothing but up to 64 MB that stay with the process.
+torch.empty(32 * 2**20 - 2**13, dtype=torch.uint8, device="cpu")
+
 
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, backend: str = "auto"
