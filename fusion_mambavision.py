@@ -13,6 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .selective_scan import is_transformed
+
 
 @torch.no_grad()
 def fused_copy(model: nn.Module) -> nn.Module:
@@ -151,7 +153,9 @@ def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
-    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack():  # such as one that counts operations
+    if torch.is_autocast_enabled("cpu") or is_transformed():
+        return False
+    if torch._C._len_torch_dispatch_stack():  # such as a mode that counts operations
         return False
     return torch.backends.mkldnn.enabled and x.dtype in _onednn_dtypes()
 

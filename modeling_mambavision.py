@@ -23,7 +23,14 @@ from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
 from .fusion_mambavision import fused_copy, is_untouched, linear
-from .selective_scan import backend_on, is_traced_for_export, scan_concat, selective_scan, silu_convolve
+from .selective_scan import (
+    backend_on,
+    is_traced_for_export,
+    is_transformed,
+    scan_concat,
+    selective_scan,
+    silu_convolve,
+)
 
 
 with suppress(ImportError):  # without Triton; named here for transformers 4, which takes along what this file imports
@@ -55,8 +62,11 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        # channels_last: the faster layout of the convolutions, and the one in which windows of tokens are a view
-        return self.conv_down(self._checked(pixel_values).contiguous(memory_format=torch.channels_last))
+        x = self._checked(pixel_values)
+        if not is_transformed():  # vmap knows no layouts
+            # channels_last: the faster one of the convolutions, and the one in which windows of tokens are a view
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.conv_down(x)
 
     def _checked(self, pixel_values: Tensor) -> Tensor:
         """The input in the weights' precision; reads only what a tracer knows too, so it costs a graph nothing."""

@@ -78,7 +78,7 @@ def selective_scan(
         RuntimeError: the backend was asked for by name and cannot run here.
     """
     _check_shapes(u, dt, A, B, C, D, dt_bias)
-    if is_traced_for_export():
+    if is_traced_for_export() or is_transformed():
         return _scan_chunked(u, dt, A, B, C, D, dt_bias)
     inputs = (u, dt, A, B, C, D, dt_bias)
     backend = backend_on(u.device, backend)
@@ -91,7 +91,7 @@ def selective_scan(
 
 def silu_convolve(x: Tensor, weight: Tensor) -> Tensor:
     """silu of the mixer's depthwise convolution along the steps: x (batch, length, width), taps (width, 1, 3)."""
-    backend = backend_on(x.device)
+    backend = "torch" if is_transformed() else backend_on(x.device)
     if backend == "triton":
         return _triton_convolve(x, weight)
     if backend == "mamba_ssm" and has_causal_conv1d(x.device):
@@ -103,7 +103,7 @@ def scan_concat(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor, weight: Tensor
 ) -> Tensor:
     """cat([selective_scan(u, ...), silu_convolve(z, weight)], -1), written by the kernels where it belongs on a GPU."""
-    if backend_on(u.device) == "triton" and not is_traced_for_export():
+    if backend_on(u.device) == "triton" and not is_traced_for_export() and not is_transformed():
         return _triton_scan_concat(u, dt, A, B, C, D, dt_bias, z, weight)
     return torch.cat([selective_scan(u, dt, A, B, C, D, dt_bias), silu_convolve(z, weight)], dim=-1)
 
@@ -521,6 +521,13 @@ def is_traced_for_export() -> bool:
     """Whether what runs now becomes a graph for elsewhere: of standard operators, free in the batch and the image."""
     is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7
     return is_exporting() or torch.jit.is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work: operators of our own have none."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _check_shapes(u, dt, A, B, C, D, dt_bias) -> None:

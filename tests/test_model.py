@@ -443,3 +443,25 @@ def test_fused_copy_leaves_replaced_and_hooked_convolutions_alone(classifier):
         value, again = fused(pixel_values).logits, fused.fuse()(pixel_values).logits
     assert (value - expected).abs().max() < 1e-4 * expected.std() and len(called) == 3
     assert torch.equal(value, again)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("fused", [False, True])
+def test_transforms_of_torch_func(classifier, fused):
+    """Gradients of single images under vmap, and forward-mode differentiation, against reverse mode."""
+    model = classifier.requires_grad_(False)
+    model = model.fuse() if fused else model
+    pixel_values, direction = image((3, 3, 64, 64)), image((3, 3, 64, 64)).flip(-1)
+
+    def score(x):
+        return model(x, return_dict=False)[0].square().sum(1)
+
+    x = pixel_values.clone().requires_grad_()
+    expected = torch.autograd.grad(score(x).sum(), x)[0]
+    single = torch.func.vmap(torch.func.grad(lambda x: score(x[None])[0]))(pixel_values)
+    assert (single - expected).abs().max() < 1e-4 * expected.abs().max()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # torch's others have no forward mode
+        value, slope = torch.func.jvp(score, (pixel_values,), (direction,))
+    torch.testing.assert_close(value, score(pixel_values))
+    torch.testing.assert_close(slope, (expected * direction).sum((1, 2, 3)), rtol=1e-3, atol=1e-4 * slope.abs().max())
