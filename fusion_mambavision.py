@@ -1,8 +1,7 @@
-"""Less work in inference: layers computed together with what follows them, and a copy of a model with BatchNorm folded.
+"""Faster inference: linear layers computed together with their activation, and a copy of a model with BatchNorm folded.
 
-In the copy BatchNorm is a part of the convolution before it or of the head behind it, layer scale of the layer before
-it. On a CPU, where torch has oneDNN, a layer adds its bias and applies the activation to results that are still in the
-cache; GELU and the linear layers only where AVX-512 is, for without it torch's own are faster.
+In the copy, BatchNorm is a part of the convolution before it or of the head behind it, layer scale of the layer before
+it. On a CPU oneDNN then adds the bias and applies GELU to results that are still in the cache.
 """
 
 import copy
@@ -29,12 +28,12 @@ def fused_copy(model: nn.Module) -> nn.Module:
     for i in (0, 3) if isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
         if not (_is_plain(stem[i]) and _is_plain(stem[i + 1]) and type(stem[i + 2]) is nn.ReLU):
             continue
-        stem[i] = FusedConv2d(fuse_conv_bn_eval(stem[i], stem[i + 1]), stem[i + 2])
-        stem[i + 1], stem[i + 2] = nn.Identity(), nn.Identity()
+        stem[i] = FusedConv2d(fuse_conv_bn_eval(stem[i], stem[i + 1]))
+        stem[i + 1], stem[i + 2] = nn.Identity(), nn.ReLU(inplace=True)  # oneDNN's makes 0 of what is no number
     for level in fused.model.levels:
         reduction = getattr(level.downsample, "reduction", None)
         if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain(reduction[0]):
-            reduction[0] = FusedConv2d(reduction[0], nn.Identity())
+            reduction[0] = FusedConv2d(reduction[0])
         for block in level.blocks:
             if all(_is_plain(getattr(block, name, None)) for name in ("conv1", "norm1", "conv2", "norm2")):
                 _fuse_conv_block(block)
@@ -57,13 +56,17 @@ def _refuse(*args, **kwargs):
 
 
 def _fuse_conv_block(block: nn.Module) -> None:
-    block.conv1 = FusedConv2d(fuse_conv_bn_eval(block.conv1, block.norm1), block.act1)
+    conv1 = fuse_conv_bn_eval(block.conv1, block.norm1)
+    if type(block.act1) is nn.GELU and is_untouched(block.act1):
+        block.conv1, block.act1 = FusedConv2d(conv1, block.act1), nn.Identity()
+    else:
+        block.conv1 = FusedConv2d(conv1)
     conv2 = fuse_conv_bn_eval(block.conv2, block.norm2)
     if block.gamma is not None:
         _scale(conv2, block.gamma)
         block.gamma = None
-    block.conv2 = FusedConv2d(conv2, nn.Identity())
-    block.norm1, block.act1, block.norm2 = nn.Identity(), nn.Identity(), nn.Identity()
+    block.conv2 = FusedConv2d(conv2)
+    block.norm1, block.norm2 = nn.Identity(), nn.Identity()
 
 
 def _fuse_token_block(block: nn.Module) -> None:
@@ -84,9 +87,18 @@ def _is_plain(layer: nn.Module | None) -> bool:
 
 def is_untouched(layer: nn.Module) -> bool:
     """Whether a layer may be computed by other means than calling it: nobody hooked it or replaced its forward."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    everywhere = nn.modules.module._has_any_global_hook()
-    return not (any(hooks) or everywhere or "forward" in layer.__dict__)
+    torch_wide = nn.modules.module  # hooks of all modules
+    return not (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or torch_wide._global_forward_hooks
+        or torch_wide._global_forward_pre_hooks
+        or torch_wide._global_backward_hooks
+        or torch_wide._global_backward_pre_hooks
+        or "forward" in layer.__dict__
+    )
 
 
 def _scale(layer: nn.Module, gamma: Tensor) -> None:
@@ -96,24 +108,21 @@ def _scale(layer: nn.Module, gamma: Tensor) -> None:
         layer.bias *= gamma
 
 
-_ACTIVATIONS = {type(None): "none", nn.Identity: "none", nn.ReLU: "relu", nn.GELU: "gelu"}  # oneDNN's names
-
-
 class FusedConv2d(nn.Module):
-    """A convolution and the activation behind it (none: nn.Identity), in one pass over memory where oneDNN runs."""
+    """A convolution, and a GELU behind it or none, in one pass over memory where oneDNN runs."""
 
-    def __init__(self, layer: nn.Conv2d, activation: nn.Module):
+    def __init__(self, layer: nn.Conv2d, gelu: nn.GELU | None = None):
         super().__init__()
         self.layer = layer.to(memory_format=torch.channels_last)  # or each call copies the weights
-        self.activation = activation
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.layer
-        if _onednn_takes(x, c.weight) and (_is_wide() or type(self.activation) is not nn.GELU):
+        if (self.gelu is None or _has_avx512()) and _onednn_takes(x, c):
             return torch.ops.mkldnn._convolution_pointwise(
-                x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups, *_pointwise(self.activation)
+                x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups, *_pointwise(self.gelu)
             )
-        return self.activation(c(x))
+        return c(x) if self.gelu is None else self.gelu(c(x))
 
     def __getattr__(self, name: str):
         """`weight`, `bias`, `in_channels`, ...: what code reads from the layer that this stands for."""
@@ -125,37 +134,44 @@ class FusedConv2d(nn.Module):
             return getattr(self.layer, name)
 
 
+# Multiplications of a linear layer from which on oneDNN gains more than a call of it costs
+_LEAST_WORK = 2**23
+
+
 def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:
-    """activation(layer(x)), in one pass over memory where that is faster and nobody looks on."""
-    is_known = type(layer) is nn.Linear and type(activation) in _ACTIVATIONS
-    is_free = activation is None or is_untouched(activation)
-    if is_known and is_free and _onednn_takes(x, layer.weight) and _is_wide() and _is_plain(layer):
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
+    """activation(layer(x)), in one pass over memory where that is faster and only the time tells the two apart."""
+    if type(layer) is nn.Linear and _onednn_takes(x, layer) and _has_avx512() and _is_plain(layer):
+        pays = x.numel() * layer.out_features >= _LEAST_WORK
+        if pays and (activation is None or (type(activation) is nn.GELU and is_untouched(activation))):
+            return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
     x = layer(x)
     return x if activation is None else activation(x)
 
 
-def _pointwise(activation: nn.Module | None) -> tuple[str, list, str]:
+def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:
     """What oneDNN's operators do to their results: the function, its numbers, and the way to compute it."""
-    return _ACTIVATIONS[type(activation)], [], getattr(activation, "approximate", "")
+    return ("none", [], "") if gelu is None else ("gelu", [], gelu.approximate)
 
 
-def _is_wide() -> bool:
-    """Whether oneDNN's GELU and matrix products are faster than torch's own: without AVX-512 they are not."""
+def _has_avx512() -> bool:
+    """Without it, oneDNN's GELU and matrix products take longer than torch's own."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def _onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN's fused operators, which are not differentiable, can run on a CPU's eager tensors like these."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+def _onednn_takes(x: Tensor, layer: nn.Module) -> bool:
+    """Whether oneDNN's fused operators can run: on a CPU's plain tensors, with nobody who differentiates or records."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.numel() == 0:
         return False
-    if x.device.type != "cpu" or weight.device != x.device or x.dtype != weight.dtype or x.numel() == 0:
+    tensors = [x, layer.weight] if layer.bias is None else [x, layer.weight, layer.bias]
+    if any(t.device.type != "cpu" or t.layout != torch.strided or t.dtype != x.dtype for t in tensors):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if layer.bias is not None and layer.bias.stride() != (1,):  # they read it as if it were dense
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
     if torch.is_autocast_enabled("cpu") or is_transformed():
         return False
-    if torch._C._len_torch_dispatch_stack():  # such as a mode that counts operations
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():  # modes that count, for one
         return False
     return torch.backends.mkldnn.enabled and x.dtype in _onednn_dtypes()
 

@@ -50,18 +50,23 @@ _BLOCK_ELEMENTS = 2**19
 _LOG2_E = math.log2(math.e)
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
 _LEAST_STEPS = 16
-# Elements of a step up to which fewer and larger operators are worth twice the arithmetic
+# Elements of a step (batch x states x channels) up to which fewer and larger operators, on two cores, are worth three
+# operations for each in place of one
 _SMALL_STEP = 2560
 
-# softplus takes six times as long on AMD's processors with AVX-512 as long as nothing has touched a certain page of
-# torch's constants: its logarithm (Sleef's log1p) loads one of them under a mask, which only a negative zero sets, and
-# a masked load from a page that is not there yet goes through microcode, every time. So this loads it.
-torch.log1p(torch.tensor([-0.0], device="cpu", dtype=torch.float32))
 
-# glibc gives memory back to the system as soon as twice the largest block that was ever freed lies unused, and asks for
-# it again in the next layer. The largest block that it learns from (mallopt(3)), never touched, makes a whole model of
-# eight images 4 % faster on a CPU, and costs nothing but up to 64 MB that stay with the process.
-torch.empty(32 * 2**20 - 2**13, dtype=torch.uint8, device="cpu")
+def _touch_constants() -> None:
+    """Keep softplus fast on AMD's processors with AVX-512, where it takes six times as long in a new process.
+
+    Its logarithm (Sleef's log1p) loads a constant under a mask, which only a negative zero sets. As long as nothing has
+    touched that page of torch's, the processor suppresses a page fault in microcode at every such load.
+    """
+    torch.log1p(torch.tensor([-0.0], device="cpu", dtype=torch.float32))
+
+
+_touch_constants()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_touch_constants)
 
 
 def selective_scan(
@@ -358,7 +363,7 @@ def _blocked_backward(
 class _Buffer:
     """A tile's part of a buffer (steps, batch, states, channels), whole and as one view for each step.
 
-    The views are made once for all runs: making one takes half as long as that step's arithmetic.
+    The views are made once for all runs, where they are used: making one takes half as long as that step's arithmetic.
     """
 
     def __init__(self, buffer: Tensor, tile: slice):
@@ -388,7 +393,7 @@ def _run_block(
 
 
 def _recur_in_chunks(decay: Tensor, h: Tensor) -> None:
-    """h[t + 1] += decay[t] h[t], t = 0, 1, ..., in 3 sqrt(steps) larger operators instead of one for each step.
+    """h[t + 1] += decay[t] h[t], t = 0, 1, ..., in 3 to 4 sqrt(steps) larger operators instead of one for each step.
 
     All chunks of steps at once, each from a state of zero; then, chunk after chunk, what the state before adds.
     `decay` becomes its products since the start of the chunk.
@@ -474,7 +479,7 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The chunked scan: standard torch operators and few of them, for export.
+# The chunked scan: standard torch operators and few of them, for export and for transforms such as torch.func.grad.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -524,8 +529,8 @@ def is_traced_for_export() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work: operators of our own have none."""
-    if torch.compiler.is_compiling():
+    """Whether torch.func's transforms or forward-mode differentiation are at work: no operator of ours follows them."""
+    if torch.compiler.is_compiling():  # which refuses by itself what it cannot transform
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 

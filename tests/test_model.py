@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from checkpoints import published_model, published_weights
 from conftest import FIXTURES, SHAPES
+from repository import fusion_mambavision
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import (
     DropPath,
@@ -323,6 +324,13 @@ def processor(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def any_size_pays(monkeypatch):
+    """Small models too are computed by oneDNN."""
+    monkeypatch.setattr(fusion_mambavision, "_LEAST_WORK", 0)
+
+
+@pytest.mark.usefixtures("any_size_pays")
 @torch.inference_mode()
 def test_the_faster_operators_are_taken(classifier, processor):
     has_onednn = torch.backends.mkldnn.is_available()
@@ -334,7 +342,7 @@ def test_the_faster_operators_are_taken(classifier, processor):
         assert ("mkldnn::_linear_pointwise" in called) == (has_onednn and processor == "AVX512")
 
 
-@pytest.mark.usefixtures("processor")
+@pytest.mark.usefixtures("processor", "any_size_pays")
 def test_the_faster_operators_compute_the_same(classifier):
     """With gradients none of them can run."""
     pixel_values = image((2, 3, 70, 50))
@@ -346,7 +354,7 @@ def test_the_faster_operators_compute_the_same(classifier):
         assert (classifier(pixel_values).logits - expected).abs().max() < 0.1 * expected.std()
 
 
-@pytest.mark.usefixtures("processor")
+@pytest.mark.usefixtures("processor", "any_size_pays")
 @torch.no_grad()
 def test_who_looks_on_sees_every_layer(classifier):
     """Hooks of single modules and of all, and what counts or records operators."""
@@ -372,9 +380,43 @@ def test_who_looks_on_sees_every_layer(classifier):
     with torch.enable_grad(), FlopCounterMode(display=False) as plain:
         classifier(pixel_values)
     assert counter.get_total_flops() == plain.get_total_flops()
+    with CountLinear() as functions:
+        classifier(pixel_values)
+    assert functions.count >= sum(type(layer) is nn.Linear for layer in layers)
 
 
-@pytest.mark.usefixtures("processor")
+class CountLinear(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is F.linear
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_the_faster_operators_would_get_wrong_is_left_to_torch(classifier, fused):
+    """Gradients of biases alone; biases that are a view; sparse weights; other activations; what is not a number."""
+    mlp, block = classifier.model.levels[2].blocks[0].mlp, classifier.model.levels[0].blocks[0]
+    pixel_values = image((1, 3, 64, 64))
+    mlp.fc2.bias = nn.Parameter(torch.randn(1).expand(len(mlp.fc2.bias)))
+    block.act1 = nn.SiLU()
+    expected = classifier(pixel_values).logits.detach()  # parameters that want gradients keep the operators away
+    model = classifier.requires_grad_(False)
+    model = model.fuse() if fused else model
+    mlp = model.model.levels[2].blocks[0].mlp
+    mlp.fc1.weight = nn.Parameter(mlp.fc1.weight.to_sparse_csr(), requires_grad=False)
+    with torch.no_grad():
+        assert (model(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+        assert model(pixel_values.fill_(float("nan"))).logits.isnan().all()
+    bias = model.model.levels[2].blocks[1].mlp.fc1.bias.requires_grad_()
+    assert torch.autograd.grad(model(image((1, 3, 64, 64))).logits.sum(), bias)[0].abs().sum() > 0
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
 @torch.inference_mode()
 def test_fused_copy_computes_the_same(classifier, small_config, tmp_path):
     pixel_values = image((2, 3, 70, 50))
@@ -396,7 +438,7 @@ def test_fused_copy_computes_the_same(classifier, small_config, tmp_path):
             refused()
 
 
-@pytest.mark.usefixtures("processor")
+@pytest.mark.usefixtures("processor", "any_size_pays")
 def test_fused_copy_computes_the_same_wherever_a_model_does(classifier):
     """Where oneDNN's fused operators cannot run: gradients, autocast, empty batches, compiled graphs."""
     pixel_values = image((2, 3, 64, 64))
@@ -445,7 +487,7 @@ def test_fused_copy_leaves_replaced_and_hooked_convolutions_alone(classifier):
     assert torch.equal(value, again)
 
 
-@pytest.mark.usefixtures("processor")
+@pytest.mark.usefixtures("processor", "any_size_pays")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("fused", [False, True])
 def test_transforms_of_torch_func(classifier, fused):
