@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -319,6 +320,14 @@ def test_recipes_of_the_default_model_are_those_of_its_logs():
     model = recipes.read(folder / "fashion-mnist.json", [])["model"] | recipe["config"]
     assert {name: config[name] for name in model} == model
     assert f"{epochs[0]} epochs, {epochs[1]} more" in (ROOT / "README.md").read_text()
+
+
+def test_a_whole_training_in_bfloat16_had_no_loss_that_was_not_finite():
+    recipe = recipes.read(EXAMPLES / "recipes" / "fashion-mnist-84px.json", [])["training"]
+    history = json.loads((EXAMPLES / "recipes" / "fashion-mnist-84px.log.json").read_text())
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert recipe["bf16"] and history[-1]["epoch"] == recipe["num_train_epochs"]
+    assert len(losses) == history[-1]["step"] // recipe["logging_steps"] and all(map(math.isfinite, losses))
 
 
 def test_parameter_groups(small_config):
