@@ -76,7 +76,8 @@ def selective_scan(
 
     Args:
         backend: "torch", "triton", "mamba_ssm", or "auto" for the best of those that can run here. The environment
-            variable MAMBAVISION_SCAN replaces "auto" for the process.
+            variable MAMBAVISION_SCAN replaces "auto" for the process. In export and under the transforms of torch.func
+            a form in torch's own operators takes the place of all of them.
 
     Raises:
         ValueError: the shapes do not fit, or there is no such backend.
