@@ -19,6 +19,7 @@ from repository.modeling_mambavision import (
     MambaVisionModelForImageClassification,
 )
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from weights import filled, image
 
@@ -385,6 +386,19 @@ def test_who_looks_on_sees_every_layer(classifier):
     with torch.enable_grad(), CountLinear() as all_functions:
         classifier(pixel_values)
     assert functions.count == all_functions.count > 0
+    with ListOperators() as operators:
+        classifier(pixel_values)
+    assert "aten::addmm" in operators.names and "mkldnn::_linear_pointwise" not in operators.names
+
+
+class ListOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name().split(".")[0])
+        return function(*args, **(kwargs or {}))
 
 
 class CountLinear(torch.overrides.TorchFunctionMode):
