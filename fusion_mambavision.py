@@ -1,7 +1,8 @@
-"""Faster inference: linear layers computed together with their activation, and a copy of a model with BatchNorm folded.
+"""Faster inference: convolutions and linear layers computed together with what follows them, in the model as it is
+(`convolution`, `linear`) and, once for all calls, in a copy of it (`fused_copy`).
 
-In the copy, BatchNorm is a part of the convolution before it or of the head behind it, layer scale of the layer before
-it. On a CPU oneDNN then adds the bias and applies GELU to results that are still in the cache.
+BatchNorm becomes a part of the convolution before it, in the copy also of the head behind it, and layer scale of the
+layer before it. On a CPU oneDNN then adds the bias and applies GELU to results that are still in the cache.
 """
 
 import copy
@@ -10,7 +11,7 @@ import functools
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from .selective_scan import is_transformed
 
@@ -28,7 +29,7 @@ def fused_copy(model: nn.Module) -> nn.Module:
     for i in (0, 3) if isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
         if not (_is_plain(stem[i]) and _is_plain(stem[i + 1]) and type(stem[i + 2]) is nn.ReLU):
             continue
-        stem[i] = FusedConv2d(fuse_conv_bn_eval(stem[i], stem[i + 1]))
+        stem[i] = FusedConv2d(fuse_conv_bn_eval(stem[i], _in_float(stem[i + 1])))
         stem[i + 1], stem[i + 2] = nn.Identity(), nn.ReLU(inplace=True)  # oneDNN's makes 0 of what is no number
     for level in fused.model.levels:
         reduction = getattr(level.downsample, "reduction", None)
@@ -56,17 +57,22 @@ def _refuse(*args, **kwargs):
 
 
 def _fuse_conv_block(block: nn.Module) -> None:
-    conv1 = fuse_conv_bn_eval(block.conv1, block.norm1)
+    conv1 = fuse_conv_bn_eval(block.conv1, _in_float(block.norm1))
     if type(block.act1) is nn.GELU and is_untouched(block.act1):
         block.conv1, block.act1 = FusedConv2d(conv1, block.act1), nn.Identity()
     else:
         block.conv1 = FusedConv2d(conv1)
-    conv2 = fuse_conv_bn_eval(block.conv2, block.norm2)
+    conv2 = fuse_conv_bn_eval(block.conv2, _in_float(block.norm2))
     if block.gamma is not None:
         _scale(conv2, block.gamma)
         block.gamma = None
     block.conv2 = FusedConv2d(conv2)
     block.norm1, block.norm2 = nn.Identity(), nn.Identity()
+
+
+def _in_float(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """Of half precision, so that the convolution's weights are rounded once, after their product with the norm's."""
+    return norm.to(torch.promote_types(norm.weight.dtype, torch.float32))
 
 
 def _fuse_token_block(block: nn.Module) -> None:
@@ -76,6 +82,13 @@ def _fuse_token_block(block: nn.Module) -> None:
         _scale(getattr(mixer, ends), block.gamma_1)
         _scale(mlp.fc2, block.gamma_2)
         block.gamma_1 = block.gamma_2 = None
+    for name in ("in_proj", "out_proj", "qkv", "proj"):
+        if _is_plain(getattr(mixer, name, None)):
+            setattr(mixer, name, FusedLinear(getattr(mixer, name)))
+    if _is_plain(mlp.fc1) and type(mlp.act) is nn.GELU and is_untouched(mlp.act):
+        mlp.fc1, mlp.act = FusedLinear(mlp.fc1, mlp.act), nn.Identity()
+    if _is_plain(mlp.fc2):
+        mlp.fc2 = FusedLinear(mlp.fc2)
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
@@ -108,21 +121,34 @@ def _scale(layer: nn.Module, gamma: Tensor) -> None:
         layer.bias *= gamma
 
 
-class FusedConv2d(nn.Module):
-    """A convolution, and a GELU behind it or none, in one pass over memory where oneDNN runs."""
+class _Fused(nn.Module):
+    """A layer, and a GELU behind it or none, in one pass over memory where oneDNN runs.
 
-    def __init__(self, layer: nn.Conv2d, gelu: nn.GELU | None = None):
+    There it also keeps the weights a second time, in the order in which oneDNN reads them, from the first call on:
+    bringing them into it takes up to half of a layer's time for one image.
+    """
+
+    def __init__(self, layer: nn.Module, gelu: nn.GELU | None = None):
         super().__init__()
-        self.layer = layer.to(memory_format=torch.channels_last)  # or each call copies the weights
-        self.gelu = gelu
+        self.layer, self.gelu, self.packed = layer, gelu, None
 
     def forward(self, x: Tensor) -> Tensor:
-        c = self.layer
-        if (self.gelu is None or _has_avx512()) and _onednn_takes(x, c):
-            return torch.ops.mkldnn._convolution_pointwise(
-                x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups, *_pointwise(self.gelu)
-            )
-        return c(x) if self.gelu is None else self.gelu(c(x))
+        if not self._pays(x) or not _onednn_takes(x, self.layer):
+            return self.layer(x) if self.gelu is None else self.gelu(self.layer(x))
+        if self.packed is None:
+            self.packed = self._pack(x)
+        return self._compute(x, self.packed, self.layer.bias, *_pointwise(self.gelu))
+
+    def _apply(self, *args, **kwargs):
+        self.packed = None  # the weights move, or change their precision
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.packed = None
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "packed": None}  # neither copied nor saved
 
     def __getattr__(self, name: str):
         """`weight`, `bias`, `in_channels`, ...: what code reads from the layer that this stands for."""
@@ -134,18 +160,83 @@ class FusedConv2d(nn.Module):
             return getattr(self.layer, name)
 
 
-# Multiplications of a linear layer from which on oneDNN gains more than a call of it costs
-_LEAST_WORK = 2**23
+class FusedConv2d(_Fused):
+    def __init__(self, layer: nn.Conv2d, gelu: nn.GELU | None = None):
+        super().__init__(layer.to(memory_format=torch.channels_last), gelu)  # or each call copies the weights
+
+    def _pays(self, x: Tensor) -> bool:
+        return self.gelu is None or _has_avx512()
+
+    def _pack(self, x: Tensor) -> Tensor:
+        c = self.layer
+        return torch.ops.mkldnn._reorder_convolution_weight(
+            c.weight, c.padding, c.stride, c.dilation, c.groups, list(x.shape)
+        )
+
+    def _compute(self, x: Tensor, *weights) -> Tensor:
+        return _convolve(x, self.layer, *weights)
+
+
+class FusedLinear(_Fused):
+    def _pays(self, x: Tensor) -> bool:
+        return _pays(x, self.layer)
+
+    def _pack(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.layer.weight)
+
+    def _compute(self, x: Tensor, *weights) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, *weights)
+
+
+def convolution(x: Tensor, conv: nn.Module, norm: nn.Module, activation: nn.Module | None = None) -> Tensor:
+    """activation(norm(conv(x))), with the norm folded into the convolution where only the time tells the two apart."""
+    if not _folds(x, conv, norm):
+        x = norm(conv(x))
+        return x if activation is None else activation(x)
+    mean, variance, scale, shift = (t.float() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    with torch.no_grad():  # in float32, so that weights in half precision are rounded once
+        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, scale, shift)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    gelu = activation if type(activation) is nn.GELU and is_untouched(activation) and _has_avx512() else None
+    x = _convolve(x, conv, weight, bias, *_pointwise(gelu))
+    return x if activation is gelu else activation(x)
+
+
+# Numbers in a map from which on BatchNorm and the activation take longer than folding
+_LEAST_MAP = 2**16
+
+
+def _folds(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
+    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or not (_is_plain(conv) and _is_plain(norm)):
+        return False
+    if norm.training or norm.running_var is None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return False
+    pays = x.numel() >= max(_LEAST_MAP, conv.weight.numel())
+    return pays and _onednn_takes(x, conv) and _onednn_takes(x, norm)
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, *pointwise) -> Tensor:
+    """A convolution of these weights, with the strides and so on of `conv`."""
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, *pointwise
+    )
 
 
 def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:
     """activation(layer(x)), in one pass over memory where that is faster and only the time tells the two apart."""
-    if type(layer) is nn.Linear and _onednn_takes(x, layer) and _has_avx512() and _is_plain(layer):
-        pays = x.numel() * layer.out_features >= _LEAST_WORK
-        if pays and (activation is None or (type(activation) is nn.GELU and is_untouched(activation))):
-            return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
+    fits = activation is None or (type(activation) is nn.GELU and is_untouched(activation))
+    if fits and type(layer) is nn.Linear and _pays(x, layer) and _onednn_takes(x, layer) and _is_plain(layer):
+        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
     x = layer(x)
     return x if activation is None else activation(x)
+
+
+# Multiplications of a linear layer from which on oneDNN gains more than a call of it costs
+_LEAST_WORK = 2**23
+
+
+def _pays(x: Tensor, layer: nn.Linear) -> bool:
+    return x.numel() * layer.out_features >= _LEAST_WORK and _has_avx512()
 
 
 def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:

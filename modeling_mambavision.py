@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputW
 from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
-from .fusion_mambavision import fused_copy, is_untouched, linear
+from .fusion_mambavision import convolution, fused_copy, is_untouched, linear
 from .selective_scan import (
     backend_on,
     is_traced_for_export,
@@ -66,7 +66,10 @@ class PatchEmbed(nn.Module):
         if not is_transformed():  # vmap knows no layouts
             # channels_last: the faster one of the convolutions, and the one in which windows of tokens are a view
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.conv_down(x)
+        if type(self.conv_down) is not nn.Sequential or len(self.conv_down) != 6 or not is_untouched(self.conv_down):
+            return self.conv_down(x)
+        conv1, norm1, act1, conv2, norm2, act2 = self.conv_down
+        return convolution(convolution(x, conv1, norm1, act1), conv2, norm2, act2)
 
     def _checked(self, pixel_values: Tensor) -> Tensor:
         """The input in the weights' precision; reads only what a tracer knows too, so it costs a graph nothing."""
@@ -125,7 +128,7 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x)))))
+        residual = convolution(convolution(x, self.conv1, self.norm1, self.act1), self.conv2, self.norm2)
         if self.gamma is not None:
             residual = residual * self.gamma.view(1, -1, 1, 1)
         return x + self.drop_path(residual)
@@ -453,7 +456,8 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     def fuse(self):
         """A copy for inference, with every BatchNorm folded into its neighbour, and activations into their layers.
 
-        The copy computes the same up to rounding, in less time; it can neither be trained nor saved.
+        The copy computes the same up to rounding, in less time; it can neither be trained nor saved. On a CPU it keeps
+        its weights a second time, in the order of the fastest kernels, from the first call on.
 
         Raises:
             ValueError: the model is in training mode, in which BatchNorm depends on the batch.
