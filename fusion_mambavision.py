@@ -133,7 +133,7 @@ class _Fused(nn.Module):
         self.layer, self.gelu, self.packed = layer, gelu, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._pays(x) or not _onednn_takes(x, self.layer):
+        if not _onednn_takes(x, self.layer) or not self._pays(x):
             return self.layer(x) if self.gelu is None else self.gelu(self.layer(x))
         if self.packed is None:
             self.packed = self._pack(x)
@@ -211,8 +211,8 @@ def _folds(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
         return False
     if norm.training or norm.running_var is None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
-    pays = x.numel() >= max(_LEAST_MAP, conv.weight.numel())
-    return pays and _onednn_takes(x, conv) and _onednn_takes(x, norm)
+    pays = _onednn_takes(x, conv) and x.numel() >= max(_LEAST_MAP, conv.weight.numel())
+    return pays and _onednn_takes(x, norm)
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, *pointwise) -> Tensor:
@@ -225,7 +225,7 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, *
 def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:
     """activation(layer(x)), in one pass over memory where that is faster and only the time tells the two apart."""
     fits = activation is None or (type(activation) is nn.GELU and is_untouched(activation))
-    if fits and type(layer) is nn.Linear and _pays(x, layer) and _onednn_takes(x, layer) and _is_plain(layer):
+    if fits and type(layer) is nn.Linear and _onednn_takes(x, layer) and _pays(x, layer) and _is_plain(layer):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
     x = layer(x)
     return x if activation is None else activation(x)
@@ -250,7 +250,10 @@ def _has_avx512() -> bool:
 
 
 def _onednn_takes(x: Tensor, layer: nn.Module) -> bool:
-    """Whether oneDNN's fused operators can run: on a CPU's plain tensors, with nobody who differentiates or records."""
+    """Whether oneDNN's fused operators can run: on a CPU's plain tensors, with nobody who differentiates or records.
+
+    To be asked before anything about sizes, which in a graph would bind it to these.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.numel() == 0:
         return False
     tensors = [x, layer.weight] if layer.bias is None else [x, layer.weight, layer.bias]
