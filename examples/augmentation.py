@@ -63,12 +63,14 @@ class TrainingImages(torch.utils.data.Dataset):
         x = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
         scale, offset = (high - low) / (255 * self.std), (low - self.mean) / self.std
         x.mul_(scale[:, :, None, None]).add_(offset[:, :, None, None])
-        if self.erase:
+        off = self.settings["off_epoch"]
+        is_plain = off is not None and keys[0] // len(self.dataset) >= off
+        if self.erase and not is_plain:
             for image, key in zip(x, keys, strict=True):
                 self._draw_for(key, stage=1)
                 self.erase(image)
         labels = torch.tensor(labels)
-        if self.mix:
+        if self.mix and not is_plain:
             self._draw_for(keys[0], stage=2)
             x, labels = self.mix(x, labels)
         return {"pixel_values": x, "labels": labels}

@@ -26,6 +26,7 @@ DEFAULTS = {
         "mixup": 0.0,  # alpha of the Beta distribution that mixes pairs of images; 0 for none
         "cutmix": 0.0,  # the same for pasting a rectangle of one image into another
         "mix_probability": 1.0,  # of mixing a batch, where mixup or cutmix is on
+        "off_epoch": None,  # number of epochs after which images are neither erased nor mixed; None for none
     },
     "label_smoothing": 0.0,
     "optimizer": "adamw",  # or "muon": timm's, of matrices and kernels, with NAdamW of the rest
@@ -62,7 +63,11 @@ NUMBERS = {
     **dict.fromkeys(["augmentation.shift", "augmentation.mixup", "augmentation.cutmix"], (0, 10)),
     **dict.fromkeys(["weight_decay", "lora.alpha", "training.learning_rate"], (0, 1e38)),
 }
-INTEGERS = {"seed": (0, 2**31 - 1), "augmentation.fill": (0, 255), "lora.rank": (1, 2**16)}
+INTEGERS = {
+    **dict.fromkeys(["seed", "augmentation.off_epoch"], (0, 2**31 - 1)),
+    "augmentation.fill": (0, 255),
+    "lora.rank": (1, 2**16),
+}
 PAIRS = {
     "augmentation.crop.scale": (1e-6, 1),
     "augmentation.crop.ratio": (1e-3, 1e3),

@@ -499,6 +499,15 @@ def test_each_augmentation_does_what_its_name_says():
     assert all((x == 0).all(0).sum() >= 4 for x in erased) and not (plain == 0).all(0).any()
 
 
+def test_the_last_epochs_are_neither_erased_nor_mixed():
+    images = [(grey(np.full((16, 16), 50 * i)), i) for i in (1, 2)]
+    settings = {"erase": 1.0, "cutmix": 1.0, "off_epoch": 1}
+    first, last = (make_images(settings, images).__getitems__([2 * epoch, 2 * epoch + 1]) for epoch in (0, 1))
+    plain = make_images({}, images).__getitems__([2, 3])
+    assert first["labels"].ndim == 2 and not torch.equal(first["pixel_values"], plain["pixel_values"])
+    assert torch.equal(last["pixel_values"], plain["pixel_values"]) and last["labels"].tolist() == [1, 2]
+
+
 def test_wrong_settings_are_named(fashion, tmp_path, command):
     (tmp_path / "text.json").write_text("seed: 1")
     (tmp_path / "list.json").write_text("[]")
