@@ -1,17 +1,18 @@
 """Faster inference: convolutions and linear layers computed together with what follows them, in the model as it is
 (`convolution`, `linear`) and, once for all calls, in a copy of it (`fused_copy`).
 
-BatchNorm becomes a part of the convolution before it, in the copy also of the head behind it, and layer scale of the
-layer before it. On a CPU oneDNN then adds the bias and applies GELU to results that are still in the cache.
+BatchNorm becomes a part of the convolution before it, and in the copy layer scale of the layer before it. On a CPU
+oneDNN then adds the bias and applies GELU to results that are still in the cache.
 """
 
 import copy
 import functools
+import weakref
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .selective_scan import is_transformed
 
@@ -25,70 +26,54 @@ def fused_copy(model: nn.Module) -> nn.Module:
     if model.training:
         raise ValueError("fuse() is for inference, and this model is in training mode: call model.eval() first")
     fused = copy.deepcopy(model).requires_grad_(False)
-    stem, norm, head = fused.model.patch_embed.conv_down, fused.model.norm, fused.model.head
+    fused.is_fused = True
+    net = fused.model
+    stem, norm, pool = getattr(net.patch_embed, "conv_down", None), net.norm, net.avgpool
     for i in (0, 3) if isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
-        if not (_is_plain(stem[i]) and _is_plain(stem[i + 1]) and type(stem[i + 2]) is nn.ReLU):
-            continue
-        stem[i] = FusedConv2d(fuse_conv_bn_eval(stem[i], _in_float(stem[i + 1])))
-        stem[i + 1], stem[i + 2] = nn.Identity(), nn.ReLU(inplace=True)  # oneDNN's makes 0 of what is no number
-    for level in fused.model.levels:
+        if _can_fold(stem[i], stem[i + 1]) and type(stem[i + 2]) is nn.ReLU:
+            stem[i], stem[i + 1] = FusedConv2d(_folded(stem[i], stem[i + 1])), nn.Identity()
+            stem[i + 2].inplace = is_untouched(stem[i + 2])  # not oneDNN's, which makes 0 of what is no number
+    for level in net.levels:
         reduction = getattr(level.downsample, "reduction", None)
         if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain(reduction[0]):
-            reduction[0] = FusedConv2d(reduction[0])
+            reduction[0] = FusedConv2d(copy.deepcopy(reduction[0]))
         for block in level.blocks:
-            if all(_is_plain(getattr(block, name, None)) for name in ("conv1", "norm1", "conv2", "norm2")):
+            conv1, norm1, conv2, norm2 = (getattr(block, name, None) for name in ("conv1", "norm1", "conv2", "norm2"))
+            if _can_fold(conv1, norm1) and _can_fold(conv2, norm2):
                 _fuse_conv_block(block)
-            elif hasattr(block, "mixer") and hasattr(block, "mlp"):
+            elif hasattr(block, "mixer"):
                 _fuse_token_block(block)
-    if _is_plain(norm) and _is_plain(head):  # the average between them is linear
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-        if head.bias is None:
-            head.bias = nn.Parameter(head.weight.new_zeros(len(head.weight)), requires_grad=False)
-        head.bias += head.weight @ (norm.bias - norm.running_mean * scale)
-        head.weight *= scale
-        fused.model.norm = nn.Identity()
-    fused.train = lambda mode=True: _refuse() if mode else fused
-    fused.save_pretrained = _refuse
+    if _is_affine(norm) and type(pool) is nn.AdaptiveAvgPool2d and is_untouched(pool):
+        net.norm, net.avgpool = nn.Identity(), nn.Sequential(pool, norm)  # one number for each channel instead of a map
     return fused
 
 
-def _refuse(*args, **kwargs):
-    raise ValueError("a fused model is for inference only: train or save the model that fuse() was called on")
-
-
 def _fuse_conv_block(block: nn.Module) -> None:
-    conv1 = fuse_conv_bn_eval(block.conv1, _in_float(block.norm1))
-    if type(block.act1) is nn.GELU and is_untouched(block.act1):
-        block.conv1, block.act1 = FusedConv2d(conv1, block.act1), nn.Identity()
-    else:
-        block.conv1 = FusedConv2d(conv1)
-    conv2 = fuse_conv_bn_eval(block.conv2, _in_float(block.norm2))
+    fuses_gelu = type(block.act1) is nn.GELU and is_untouched(block.act1)
+    block.conv1 = FusedConv2d(_folded(block.conv1, block.norm1), block.act1 if fuses_gelu else None)
+    block.act1 = nn.Identity() if fuses_gelu else block.act1
+    conv2 = _folded(block.conv2, block.norm2)
     if block.gamma is not None:
         _scale(conv2, block.gamma)
-        block.gamma = None
     block.conv2 = FusedConv2d(conv2)
-    block.norm1, block.norm2 = nn.Identity(), nn.Identity()
-
-
-def _in_float(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """Of half precision, so that the convolution's weights are rounded once, after their product with the norm's."""
-    return norm.to(torch.promote_types(norm.weight.dtype, torch.float32))
+    block.norm1, block.norm2, block.gamma = nn.Identity(), nn.Identity(), None
 
 
 def _fuse_token_block(block: nn.Module) -> None:
-    mixer, mlp = block.mixer, block.mlp
-    ends = "proj" if hasattr(mixer, "proj") else "out_proj"
-    if block.gamma_1 is not None and _is_plain(getattr(mixer, ends)) and _is_plain(mlp.fc2):
-        _scale(getattr(mixer, ends), block.gamma_1)
-        _scale(mlp.fc2, block.gamma_2)
-        block.gamma_1 = block.gamma_2 = None
-    for name in ("in_proj", "out_proj", "qkv", "proj"):
-        if _is_plain(getattr(mixer, name, None)):
-            setattr(mixer, name, FusedLinear(getattr(mixer, name)))
-    if _is_plain(mlp.fc1) and type(mlp.act) is nn.GELU and is_untouched(mlp.act):
-        mlp.fc1, mlp.act = FusedLinear(mlp.fc1, mlp.act), nn.Identity()
-    if _is_plain(mlp.fc2):
-        mlp.fc2 = FusedLinear(mlp.fc2)
+    last = "proj" if hasattr(block.mixer, "proj") else "out_proj"
+    for name, part, layer in (("gamma_1", "mixer", last), ("gamma_2", "mlp", "fc2")):
+        gamma = getattr(block, name, None)
+        if gamma is not None and _is_plain(getattr(getattr(block, part, None), layer, None)):
+            setattr(block, part, copy.deepcopy(getattr(block, part)))  # another block may use it too
+            _scale(getattr(getattr(block, part), layer), gamma)
+            setattr(block, name, None)
+    mixer, mlp = block.mixer, getattr(block, "mlp", None)
+    activation = getattr(mlp, "act", None)
+    if _is_plain(getattr(mlp, "fc1", None)) and type(activation) is nn.GELU and is_untouched(activation):
+        mlp.fc1, mlp.act = FusedLinear(mlp.fc1, activation), nn.Identity()
+    for parent, name in ((mixer, "in_proj"), (mixer, "qkv"), (mixer, last), (mlp, "fc2")):
+        if _is_plain(getattr(parent, name, None)):
+            setattr(parent, name, FusedLinear(getattr(parent, name)))
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
@@ -96,6 +81,43 @@ def _is_plain(layer: nn.Module | None) -> bool:
     if type(layer) not in (nn.Linear, nn.Conv2d, nn.BatchNorm2d) or type(layer.weight) is not nn.Parameter:
         return False
     return is_untouched(layer)
+
+
+def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
+    return type(conv) is nn.Conv2d and _is_plain(conv) and _pads_with_zeros(conv) and _is_affine(norm)
+
+
+def _is_affine(norm: nn.Module | None) -> bool:
+    """Whether a norm is a BatchNorm that computes with the statistics it has, not with those of the batch."""
+    return type(norm) is nn.BatchNorm2d and _is_plain(norm) and not norm.training and norm.running_var is not None
+
+
+def _pads_with_zeros(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+
+def _folded_weights(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution and the norm in one, in half precision rounded once."""
+    mean, variance, scale, shift = (
+        x if x is None or x.dtype == torch.float64 else x.float()
+        for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    with torch.no_grad():
+        return fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, scale, shift)
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A new convolution: the old one may also be used elsewhere."""
+    folded = copy.deepcopy(conv)
+    folded.weight, folded.bias = _folded_weights(conv, norm)
+    return folded
+
+
+def _scale(layer: nn.Module, gamma: Tensor) -> None:
+    """Multiply a layer's output channels."""
+    layer.weight *= gamma.view(-1, *[1] * (layer.weight.ndim - 1))
+    if layer.bias is not None:
+        layer.bias *= gamma
 
 
 def is_untouched(layer: nn.Module) -> bool:
@@ -114,13 +136,6 @@ def is_untouched(layer: nn.Module) -> bool:
     )
 
 
-def _scale(layer: nn.Module, gamma: Tensor) -> None:
-    """Multiply a layer's output channels."""
-    layer.weight *= gamma.view(-1, *[1] * (layer.weight.ndim - 1))
-    if layer.bias is not None:
-        layer.bias *= gamma
-
-
 class _Fused(nn.Module):
     """A layer, and a GELU behind it or none, in one pass over memory where oneDNN runs.
 
@@ -133,22 +148,26 @@ class _Fused(nn.Module):
         self.layer, self.gelu, self.packed = layer, gelu, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _onednn_takes(x, self.layer) or not self._pays(x):
+        if not self._can_fuse(x):
             return self.layer(x) if self.gelu is None else self.gelu(self.layer(x))
-        if self.packed is None:
-            self.packed = self._pack(x)
-        return self._compute(x, self.packed, self.layer.bias, *_pointwise(self.gelu))
+        weight = self.layer.weight
+        # what tells of other weights; tensors made in inference mode do not count their changes
+        state = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+        if self.packed is None or self.packed[0]() is not weight or self.packed[1] != state:
+            self.packed = (weakref.ref(weight), state, self._pack(x))
+        return self._compute(x, self.packed[2], self.layer.bias, *_pointwise(self.gelu))
+
+    def _can_fuse(self, x: Tensor) -> bool:
+        if not _is_plain(self.layer) or not _onednn_takes(x, self.layer):
+            return False
+        return self.gelu is None or is_untouched(self.gelu)
 
     def _apply(self, *args, **kwargs):
         self.packed = None  # the weights move, or change their precision
         return super()._apply(*args, **kwargs)
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        self.packed = None
-        return super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self):
-        return {**self.__dict__, "packed": None}  # neither copied nor saved
+        return {**super().__getstate__(), "packed": None}  # that is neither copied nor saved
 
     def __getattr__(self, name: str):
         """`weight`, `bias`, `in_channels`, ...: what code reads from the layer that this stands for."""
@@ -164,8 +183,8 @@ class FusedConv2d(_Fused):
     def __init__(self, layer: nn.Conv2d, gelu: nn.GELU | None = None):
         super().__init__(layer.to(memory_format=torch.channels_last), gelu)  # or each call copies the weights
 
-    def _pays(self, x: Tensor) -> bool:
-        return self.gelu is None or _has_avx512()
+    def _can_fuse(self, x: Tensor) -> bool:
+        return super()._can_fuse(x) and _pads_with_zeros(self.layer) and (self.gelu is None or _has_avx512())
 
     def _pack(self, x: Tensor) -> Tensor:
         c = self.layer
@@ -178,8 +197,8 @@ class FusedConv2d(_Fused):
 
 
 class FusedLinear(_Fused):
-    def _pays(self, x: Tensor) -> bool:
-        return _pays(x, self.layer)
+    def _can_fuse(self, x: Tensor) -> bool:
+        return super()._can_fuse(x) and _pays(x, self.layer)
 
     def _pack(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(self.layer.weight)
@@ -193,9 +212,7 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module, activation: nn.Modu
     if not _folds(x, conv, norm):
         x = norm(conv(x))
         return x if activation is None else activation(x)
-    mean, variance, scale, shift = (t.float() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-    with torch.no_grad():  # in float32, so that weights in half precision are rounded once
-        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, scale, shift)
+    weight, bias = _folded_weights(conv, norm)
     weight = weight.contiguous(memory_format=torch.channels_last)
     gelu = activation if type(activation) is nn.GELU and is_untouched(activation) and _has_avx512() else None
     x = _convolve(x, conv, weight, bias, *_pointwise(gelu))
@@ -207,12 +224,9 @@ _LEAST_MAP = 2**16
 
 
 def _folds(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
-    if type(conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d or not (_is_plain(conv) and _is_plain(norm)):
+    if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _onednn_takes(x, norm):
         return False
-    if norm.training or norm.running_var is None or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return False
-    pays = _onednn_takes(x, conv) and x.numel() >= max(_LEAST_MAP, conv.weight.numel())
-    return pays and _onednn_takes(x, norm)
+    return x.numel() >= max(_LEAST_MAP, conv.weight.numel())
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, *pointwise) -> Tensor:
@@ -225,7 +239,8 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, *
 def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:
     """activation(layer(x)), in one pass over memory where that is faster and only the time tells the two apart."""
     fits = activation is None or (type(activation) is nn.GELU and is_untouched(activation))
-    if fits and type(layer) is nn.Linear and _onednn_takes(x, layer) and _pays(x, layer) and _is_plain(layer):
+    plain = type(layer) is nn.Linear and _is_plain(layer)
+    if fits and plain and _onednn_takes(x, layer) and _pays(x, layer) and layer.weight.is_contiguous():
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
     x = layer(x)
     return x if activation is None else activation(x)
@@ -252,7 +267,7 @@ def _has_avx512() -> bool:
 def _onednn_takes(x: Tensor, layer: nn.Module) -> bool:
     """Whether oneDNN's fused operators can run: on a CPU's plain tensors, with nobody who differentiates or records.
 
-    To be asked before anything about sizes, which in a graph would bind it to these.
+    Ask this before anything about sizes: while a graph is made, a question about sizes would fix them in it.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.numel() == 0:
         return False

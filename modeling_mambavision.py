@@ -390,6 +390,7 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     # Loading in half precision leaves the recurrence's own parameters exact; its arithmetic is float32 in any case.
     _keep_in_fp32_modules = ["A_log", "D"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
+    is_fused = False  # True for what `fuse` gives
 
     def __init__(self, config: MambaVisionConfig, *args, **kwargs):
         config.validate_settings()  # once more: what `from_pretrained` is given is set after the construction
@@ -432,10 +433,11 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
         The configuration's mean and std go along: averaged, or repeated.
 
         Raises:
-            ValueError: `in_chans` is not a positive integer.
+            ValueError: `in_chans` is not a positive integer, or this is a fused copy.
         """
         if not isinstance(in_chans, int) or isinstance(in_chans, bool) or in_chans < 1:
             raise ValueError(f"in_chans must be a positive integer, got {in_chans!r}")
+        self._refuse_if_fused()
         stem = self.model.patch_embed.conv_down
         old = stem[0]
         kernels, count = old.weight.detach().float(), old.in_channels
@@ -454,7 +456,7 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
             setattr(self.config, name, values)
 
     def fuse(self):
-        """A copy for inference, with every BatchNorm folded into its neighbour, and activations into their layers.
+        """A copy for inference, with the norms folded into the convolutions, and activations into their layers.
 
         The copy computes the same up to rounding, in less time; it can neither be trained nor saved. On a CPU it keeps
         its weights a second time, in the order of the fastest kernels, from the first call on.
@@ -463,6 +465,19 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
             ValueError: the model is in training mode, in which BatchNorm depends on the batch.
         """
         return fused_copy(self)
+
+    def train(self, mode: bool = True):
+        if mode:
+            self._refuse_if_fused()
+        return super().train(mode)
+
+    def save_pretrained(self, *args, **kwargs):
+        self._refuse_if_fused()
+        return super().save_pretrained(*args, **kwargs)
+
+    def _refuse_if_fused(self) -> None:
+        if self.is_fused:
+            raise ValueError("a fused model is for inference only: train, change or save the one fuse() was called on")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
