@@ -216,6 +216,8 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module, activation: nn.Modu
     weight = weight.contiguous(memory_format=torch.channels_last)
     gelu = activation if type(activation) is nn.GELU and is_untouched(activation) and _has_avx512() else None
     x = _convolve(x, conv, weight, bias, *_pointwise(gelu))
+    if type(activation) is nn.ReLU and is_untouched(activation):
+        return x.relu_()
     return x if activation is gelu else activation(x)
 
 
