@@ -242,7 +242,7 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
     """activation(layer(x)), in one pass over memory where that is faster and only the time tells the two apart."""
     fits = activation is None or (type(activation) is nn.GELU and is_untouched(activation))
     plain = type(layer) is nn.Linear and _is_plain(layer)
-    if fits and plain and _onednn_takes(x, layer) and _pays(x, layer) and layer.weight.is_contiguous():
+    if fits and plain and _onednn_takes(x, layer) and _pays(x, layer):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
     x = layer(x)
     return x if activation is None else activation(x)

@@ -454,7 +454,9 @@ CHANGES = {
     "replaced forward": lambda net: setattr(net.levels[0].blocks[0].norm2, "forward", torch.sin),
     "bias without a stride": lambda net: expand(net.levels[0].blocks[0].norm1, "bias"),
     "weight without a stride": lambda net: expand(net.levels[2].blocks[0].mlp.fc2, "weight"),
-    "largest in place of the average": lambda net: setattr(net, "avgpool", nn.AdaptiveMaxPool2d(1)),
+    "other activation in the stem": lambda net: setattr(net.patch_embed.conv_down[2], "forward", torch.sigmoid),
+    "other activation in a block": lambda net: setattr(net.levels[0].blocks[0].act1, "forward", torch.sigmoid),
+    "largest in place of the average": lambda net: take_largest(net),
     "other MLP": lambda net: setattr(net.levels[2].blocks[0], "mlp", nn.Tanh()),
     "longer stem": lambda net: net.patch_embed.conv_down.append(nn.Tanh()),
     "shared convolutions": lambda net: setattr(net.levels[1].blocks[0], "conv2", net.levels[1].blocks[0].conv1),
@@ -464,6 +466,11 @@ CHANGES = {
 
 def without_statistics(norm):
     norm.running_mean = norm.running_var = None
+
+
+def take_largest(net):
+    net.avgpool = nn.AdaptiveMaxPool2d(1)
+    net.norm.weight.data.neg_()  # or the largest before the norm is the largest behind it
 
 
 def expand(layer, name):
@@ -482,6 +489,17 @@ def test_changed_layers_compute_what_they_say(classifier, change, fused):
         expected = classifier(pixel_values).logits.detach()
     with torch.no_grad():
         assert (model(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+
+
+@torch.no_grad()
+def test_folded_weights_in_half_precision_are_rounded_once():
+    conv, norm = nn.Conv2d(8, 8, 3).bfloat16(), nn.BatchNorm2d(8).bfloat16()
+    norm.weight.uniform_(0.5, 2)
+    norm.running_var.uniform_(0.5, 2)
+    weight = fusion_mambavision._folded_weights(conv, norm)[0].double()
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    expected = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    assert ((weight - expected).abs() <= 1.01 * 2**-8 * expected.abs()).all()
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")
@@ -533,6 +551,13 @@ def test_fused_copy_follows_its_weights(classifier):
         assert not torch.equal(assert_follows(fused), changed)
         fused.load_state_dict(state)
         assert (assert_follows(fused) - expected).abs().max() < 1e-5 * expected.std()
+        layer = fused.model.levels[0].blocks[0].conv1.layer
+        layer.weight = nn.Parameter(layer.weight.data)
+        before = assert_follows(fused)
+        layer.weight.data.mul_(2)
+        layer.weight = nn.Parameter(layer.weight.data)  # in the place of the old one
+        assert not torch.equal(assert_follows(fused), before)
+        fused.load_state_dict(state)
         half = fused.to(torch.bfloat16)
         assert (half(pixel_values).logits - expected).abs().max() < 0.1 * expected.std()
         called = []
