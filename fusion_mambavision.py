@@ -19,7 +19,8 @@ from .selective_scan import is_transformed
 
 @torch.no_grad()
 def fused_copy(model: nn.Module) -> nn.Module:
-    """
+    """A copy of a MambaVision model that computes the same in less time; see its `fuse`.
+
     Raises:
         ValueError: the model is in training mode, in which BatchNorm depends on the batch.
     """
@@ -49,9 +50,9 @@ def fused_copy(model: nn.Module) -> nn.Module:
 
 
 def _fuse_conv_block(block: nn.Module) -> None:
-    fuses_gelu = type(block.act1) is nn.GELU and is_untouched(block.act1)
-    block.conv1 = FusedConv2d(_folded(block.conv1, block.norm1), block.act1 if fuses_gelu else None)
-    block.act1 = nn.Identity() if fuses_gelu else block.act1
+    gelu = block.act1 if _is_gelu(block.act1) else None
+    block.conv1 = FusedConv2d(_folded(block.conv1, block.norm1), gelu)
+    block.act1 = block.act1 if gelu is None else nn.Identity()
     conv2 = _folded(block.conv2, block.norm2)
     if block.gamma is not None:
         _scale(conv2, block.gamma)
@@ -68,9 +69,8 @@ def _fuse_token_block(block: nn.Module) -> None:
             _scale(getattr(getattr(block, part), layer), gamma)
             setattr(block, name, None)
     mixer, mlp = block.mixer, getattr(block, "mlp", None)
-    activation = getattr(mlp, "act", None)
-    if _is_plain(getattr(mlp, "fc1", None)) and type(activation) is nn.GELU and is_untouched(activation):
-        mlp.fc1, mlp.act = FusedLinear(mlp.fc1, activation), nn.Identity()
+    if _is_plain(getattr(mlp, "fc1", None)) and _is_gelu(getattr(mlp, "act", None)):
+        mlp.fc1, mlp.act = FusedLinear(mlp.fc1, mlp.act), nn.Identity()
     for parent, name in ((mixer, "in_proj"), (mixer, "qkv"), (mixer, last), (mlp, "fc2")):
         if _is_plain(getattr(parent, name, None)):
             setattr(parent, name, FusedLinear(getattr(parent, name)))
@@ -90,6 +90,10 @@ def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 def _is_affine(norm: nn.Module | None) -> bool:
     """Whether a norm is a BatchNorm that computes with the statistics it has, not with those of the batch."""
     return type(norm) is nn.BatchNorm2d and _is_plain(norm) and not norm.training and norm.running_var is not None
+
+
+def _is_gelu(activation: nn.Module | None) -> bool:
+    return type(activation) is nn.GELU and is_untouched(activation)
 
 
 def _pads_with_zeros(conv: nn.Conv2d) -> bool:
@@ -208,13 +212,16 @@ class FusedLinear(_Fused):
 
 
 def convolution(x: Tensor, conv: nn.Module, norm: nn.Module, activation: nn.Module | None = None) -> Tensor:
-    """activation(norm(conv(x))), with the norm folded into the convolution where only the time tells the two apart."""
+    """activation(norm(conv(x))) of a map (B, C, H, W), with the norm folded into the convolution where that is faster.
+
+    Only where nothing but the time tells the two apart.
+    """
     if not _folds(x, conv, norm):
         x = norm(conv(x))
         return x if activation is None else activation(x)
     weight, bias = _folded_weights(conv, norm)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    gelu = activation if type(activation) is nn.GELU and is_untouched(activation) and _has_avx512() else None
+    gelu = activation if _is_gelu(activation) and _has_avx512() else None
     x = _convolve(x, conv, weight, bias, *_pointwise(gelu))
     if type(activation) is nn.ReLU and is_untouched(activation):
         return x.relu_()
@@ -239,10 +246,12 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, *
 
 
 def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:
-    """activation(layer(x)), in one pass over memory where that is faster and only the time tells the two apart."""
-    fits = activation is None or (type(activation) is nn.GELU and is_untouched(activation))
-    plain = type(layer) is nn.Linear and _is_plain(layer)
-    if fits and plain and _onednn_takes(x, layer) and _pays(x, layer):
+    """activation(layer(x)) of tokens (..., C), in one pass over memory where that is faster.
+
+    Only where nothing but the time tells the two apart.
+    """
+    fits = type(layer) is nn.Linear and _is_plain(layer) and (activation is None or _is_gelu(activation))
+    if fits and _onednn_takes(x, layer) and _pays(x, layer):
         return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
     x = layer(x)
     return x if activation is None else activation(x)

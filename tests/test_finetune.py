@@ -322,26 +322,34 @@ def test_recipes_of_the_default_model_are_those_of_its_logs():
     assert f"{epochs[0]} epochs, {epochs[1]} more" in (ROOT / "README.md").read_text()
 
 
-def test_the_training_at_84_pixels_was_as_the_notes_and_the_readme_say():
-    """All of it in bfloat16, without a loss that was not finite."""
+@pytest.mark.parametrize("name", ["84px", "deeper"])
+def test_the_other_trainings_were_as_their_notes_say(name):
+    """The one at 84 pixels all of it in bfloat16, without a loss that was not finite."""
     folder = EXAMPLES / "recipes"
-    recipe = recipes.read(folder / "fashion-mnist-84px.json", [])["training"]
-    history = json.loads((folder / "fashion-mnist-84px.log.json").read_text())
+    recipe = recipes.read(folder / f"fashion-mnist-{name}.json", [])["training"]
+    history = json.loads((folder / f"fashion-mnist-{name}.log.json").read_text())
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert recipe["bf16"] and history[-1]["epoch"] == recipe["num_train_epochs"]
+    assert recipe.get("bf16", False) == (name == "84px") and history[-1]["epoch"] == recipe["num_train_epochs"]
     assert len(losses) == history[-1]["step"] // recipe["logging_steps"] and all(map(math.isfinite, losses))
 
     results, default = (
-        json.loads((folder / f"fashion-mnist{name}.results.json").read_text()) for name in ("-84px", "")
+        json.loads((folder / f"fashion-mnist{suffix}.results.json").read_text()) for suffix in (f"-{name}", "")
     )
-    notes = (folder / "fashion-mnist-84px.json").read_text()
+    notes = (folder / f"fashion-mnist-{name}.json").read_text()
     assert f"{100 * results['accuracy']:.2f} % against {100 * default['accuracy']:.2f}" in notes
-    for name, value in results["variants"].items():
-        expected = default["variants"][name]["accuracy"]
-        name = {"inverted and coloured": "both"}.get(name, name)
-        assert f"{name} {100 * value['accuracy']:.2f} against {100 * expected:.2f}" in notes
-    better = [name for name, x in results["variants"].items() if x["correct"] > default["variants"][name]["correct"]]
-    assert {"shifted", "coloured"} <= set(better) and results["correct"] <= default["correct"]
+    for variant, value in results["variants"].items():
+        expected = default["variants"][variant]["accuracy"]
+        variant = {"inverted and coloured": "both"}.get(variant, variant)
+        assert f"{variant} {100 * value['accuracy']:.2f} against {100 * expected:.2f}" in notes
+    for kind in ("", "inverted_", "coloured_"):
+        held_out = [100 * entry[f"eval_{kind}accuracy"] for entry in history if f"eval_{kind}accuracy" in entry][-1]
+        text = f"{kind.rstrip('_')} {held_out:.1f} against" if kind else f"{held_out:.1f} % against"
+        assert text in notes
+    assert results["correct"] <= default["correct"]
+    if name == "84px":  # as the README says
+        assert all(
+            results["variants"][v]["correct"] > default["variants"][v]["correct"] for v in ("shifted", "coloured")
+        )
 
 
 def test_parameter_groups(small_config):

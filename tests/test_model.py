@@ -544,7 +544,9 @@ def test_fused_copy_follows_its_weights(classifier):
         for parameter in fused.parameters():
             parameter.mul_(1.1)
         changed = assert_follows(fused)
-        assert (torch.func.functional_call(fused, state, pixel_values).logits - expected).abs().max() < 1e-4
+        assert (
+            torch.func.functional_call(fused, state, pixel_values).logits - expected
+        ).abs().max() < 1e-5 * expected.std()
         assert torch.equal(assert_follows(fused), changed)
         fused.model.levels[0].blocks[0].conv1.layer.weight = nn.Parameter(torch.randn(16, 16, 3, 3))
         fused.model.levels[2].blocks[0].mlp.fc1.layer.weight.data = torch.randn(256, 64)
