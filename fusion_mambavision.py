@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .selective_scan import is_transformed
+from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
 
 @torch.no_grad()
@@ -154,12 +155,16 @@ class _Fused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._can_fuse(x):
             return self.layer(x) if self.gelu is None else self.gelu(self.layer(x))
+        return self._compute(x)
+
+    def _packed(self, pack, *args) -> Tensor:
+        """pack(weight, *args), kept until the weights are others."""
         weight = self.layer.weight
         # what tells of other weights; tensors made in inference mode do not count their changes
-        state = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+        state = (pack, weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
         if self.packed is None or self.packed[0]() is not weight or self.packed[1] != state:
-            self.packed = (weakref.ref(weight), state, self._pack(x))
-        return self._compute(x, self.packed[2], self.layer.bias, *_pointwise(self.gelu))
+            self.packed = (weakref.ref(weight), state, pack(weight, *args))
+        return self.packed[2]
 
     def _can_fuse(self, x: Tensor) -> bool:
         if not _is_plain(self.layer) or not _onednn_takes(x, self.layer):
@@ -188,27 +193,25 @@ class FusedConv2d(_Fused):
         super().__init__(layer.to(memory_format=torch.channels_last), gelu)  # or each call copies the weights
 
     def _can_fuse(self, x: Tensor) -> bool:
-        return super()._can_fuse(x) and _pads_with_zeros(self.layer) and (self.gelu is None or _has_avx512())
+        return super()._can_fuse(x) and _pads_with_zeros(self.layer)
 
-    def _pack(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor) -> Tensor:
         c = self.layer
-        return torch.ops.mkldnn._reorder_convolution_weight(
-            c.weight, c.padding, c.stride, c.dilation, c.groups, list(x.shape)
+        if winograd_pays(x, c, is_prepared=True):
+            return _convolve_by_winograd(x, self._packed(winograd_filters), c.bias, self.gelu)
+        weight = self._packed(
+            torch.ops.mkldnn._reorder_convolution_weight, c.padding, c.stride, c.dilation, c.groups, list(x.shape)
         )
-
-    def _compute(self, x: Tensor, *weights) -> Tensor:
-        return _convolve(x, self.layer, *weights)
+        return _convolve(x, c, weight, c.bias, self.gelu)
 
 
 class FusedLinear(_Fused):
     def _can_fuse(self, x: Tensor) -> bool:
         return super()._can_fuse(x) and _pays(x, self.layer)
 
-    def _pack(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(self.layer.weight)
-
-    def _compute(self, x: Tensor, *weights) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, *weights)
+    def _compute(self, x: Tensor) -> Tensor:
+        weight = self._packed(torch.ops.mkldnn._reorder_linear_weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.layer.bias, *_pointwise(self.gelu))
 
 
 def convolution(x: Tensor, conv: nn.Module, norm: nn.Module, activation: nn.Module | None = None) -> Tensor:
@@ -220,12 +223,9 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module, activation: nn.Modu
         x = norm(conv(x))
         return x if activation is None else activation(x)
     weight, bias = _folded_weights(conv, norm)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    gelu = activation if _is_gelu(activation) and _has_avx512() else None
-    x = _convolve(x, conv, weight, bias, *_pointwise(gelu))
-    if type(activation) is nn.ReLU and is_untouched(activation):
-        return x.relu_()
-    return x if activation is gelu else activation(x)
+    if winograd_pays(x, conv, is_prepared=False):
+        return _convolve_by_winograd(x, winograd_filters(weight), bias, activation)
+    return _convolve(x, conv, weight.contiguous(memory_format=torch.channels_last), bias, activation)
 
 
 # Numbers in a map from which on BatchNorm and the activation take longer than folding
@@ -235,14 +235,25 @@ _LEAST_MAP = 2**16
 def _folds(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
     if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _onednn_takes(x, norm):
         return False
-    return x.numel() >= max(_LEAST_MAP, conv.weight.numel())
+    return x.numel() >= max(_LEAST_MAP, conv.weight.numel()) or winograd_pays(x, conv, is_prepared=False)
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, *pointwise) -> Tensor:
-    """A convolution of these weights, with the strides and so on of `conv`."""
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, *pointwise
+def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
+    """A convolution of these weights, with the strides and so on of `conv`, and an activation or none after it."""
+    gelu = activation if activation is not None and _is_gelu(activation) and _has_avx512() else None
+    x = torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, *_pointwise(gelu)
     )
+    if type(activation) is nn.ReLU and is_untouched(activation):
+        return x.relu_()
+    return x if activation is gelu else activation(x)
+
+
+def _convolve_by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
+    """The same of weights that `winograd_filters` gave."""
+    gelu = activation is not None and _is_gelu(activation) and activation.approximate == "tanh"
+    x = winograd_convolution(x, weight, bias, gelu)
+    return x if activation is None or gelu else activation(x)
 
 
 def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:

@@ -20,6 +20,7 @@ with suppress(ImportError):  # named here for transformers 4, which takes along 
     from .fusion_mambavision import fused_copy  # noqa: F401
     from .selective_scan import selective_scan  # noqa: F401
     from .selective_scan_triton import scan  # noqa: F401
+    from .winograd import winograd_convolution  # noqa: F401
 
 
 class MambaVisionUperNetConfig(PretrainedConfig):

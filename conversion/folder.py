@@ -18,7 +18,13 @@ from .source import Source
 
 
 ROOT = DATA.parent
-CODE = ("configuration_mambavision.py", "fusion_mambavision.py", "modeling_mambavision.py", "selective_scan*.py")
+CODE = (
+    "configuration_mambavision.py",
+    "fusion_mambavision.py",
+    "modeling_mambavision.py",
+    "selective_scan*.py",
+    "winograd.py",
+)
 
 # The recurrence's own parameters and the BatchNorm statistics stay as they are when the rest is cast.
 NEVER_CAST = ("A_log", "D", "running_mean", "running_var")

@@ -9,6 +9,7 @@ from pathlib import Path
 # Every setting there is, with its value where a recipe does not name it. A recipe's "notes" are for readers.
 DEFAULTS = {
     "seed": 0,
+    "start_epoch": 0,  # the epochs that the model was trained before with this seed, whose random changes not to repeat
     "validation": 0.1,  # part of the training images held out, where the data has no validation images of its own
     "model": None,  # configuration fields of a new model (and "variant": a published model to take the others from)
     "even_stem": False,  # start a new model blind to colour and to inversion (see finetune.py)
@@ -26,7 +27,7 @@ DEFAULTS = {
         "mixup": 0.0,  # alpha of the Beta distribution that mixes pairs of images; 0 for none
         "cutmix": 0.0,  # the same for pasting a rectangle of one image into another
         "mix_probability": 1.0,  # of mixing a batch, where mixup or cutmix is on
-        "off_epoch": None,  # number of epochs after which images are neither erased nor mixed; None for none
+        "off_epoch": None,  # epochs, those of start_epoch among them, after which images are neither erased nor mixed
     },
     "label_smoothing": 0.0,
     "optimizer": "adamw",  # or "muon": timm's, of matrices and kernels, with NAdamW of the rest
@@ -65,6 +66,7 @@ NUMBERS = {
 }
 INTEGERS = {
     **dict.fromkeys(["seed", "augmentation.off_epoch"], (0, 2**31 - 1)),
+    "start_epoch": (0, 10**5),
     "augmentation.fill": (0, 255),
     "lora.rank": (1, 2**16),
 }

@@ -121,7 +121,7 @@ class _Steps(TrainerCallback):
         self.end = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.order.epoch = math.floor(round(state.epoch or 0, 6))
+        self.trainer.order.epoch = self.trainer.recipe["start_epoch"] + math.floor(round(state.epoch or 0, 6))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.ema:

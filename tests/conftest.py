@@ -44,6 +44,7 @@ MODEL_FILES = [
     "modeling_mambavision.py",
     "selective_scan.py",
     "selective_scan_triton.py",
+    "winograd.py",
 ]
 SHAPES = json.loads((FIXTURES / "state_dict_shapes.json").read_text())
 

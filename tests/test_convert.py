@@ -63,6 +63,7 @@ FILES = {
     "requirements.txt",
     "selective_scan.py",
     "selective_scan_triton.py",
+    "winograd.py",
 }
 
 

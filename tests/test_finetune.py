@@ -516,13 +516,27 @@ def test_the_last_epochs_are_neither_erased_nor_mixed():
     assert torch.equal(last["pixel_values"], plain["pixel_values"]) and last["labels"].tolist() == [1, 2]
 
 
+def test_a_later_training_draws_on(tiny_trainer):
+    trainer, epochs = tiny_trainer(start_epoch=3), set()
+    images = trainer.train_dataset
+    batches = images.__getitems__
+
+    def recorded(keys):
+        epochs.update(key // len(images) for key in keys)
+        return batches(keys)
+
+    images.__getitems__ = recorded
+    trainer.train()
+    assert sorted(epochs) == list(range(3, 3 + math.ceil(trainer.state.epoch)))
+
+
 def test_wrong_settings_are_named(fashion, tmp_path, command):
     (tmp_path / "text.json").write_text("seed: 1")
     (tmp_path / "list.json").write_text("[]")
     base = ["--data", fashion, "--recipe", recipe_file(tmp_path)]
     for arguments, words in [
         ([*base, "--set", "augmentation.mixupp=1"], "augmentation.mixupp.*augmentation.mixup,"),
-        ([*base, "--set", "epochs=3"], "no setting epochs; there are seed, validation"),
+        ([*base, "--set", "epochs=3"], "no setting epochs; there are seed, start_epoch"),
         ([*base, "--set", "training.learn=3"], "training.learn;.*learning_rate"),
         ([*base, "--set", "training.weight_decay=1"], "set outside of training, as weight_decay"),
         ([*base, "--set", "model.width=3"], "model.width; there are dim"),

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from checkpoints import published_model, published_weights
 from conftest import FIXTURES, SHAPES
-from repository import fusion_mambavision
+from repository import fusion_mambavision, winograd
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import (
     DropPath,
@@ -327,11 +328,13 @@ def processor(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def any_size_pays(monkeypatch):
-    """Small models too are computed by oneDNN."""
+@pytest.fixture(params=["direct", "winograd"])
+def any_size_pays(request, monkeypatch):
+    """Small models too are computed by oneDNN, and their convolution blocks by it or by Winograd's algorithm."""
     monkeypatch.setattr(fusion_mambavision, "_LEAST_WORK", 0)
     monkeypatch.setattr(fusion_mambavision, "_LEAST_MAP", 0)
+    monkeypatch.setattr(winograd, "CALL_COST", math.inf if request.param == "direct" else -math.inf)
+    return request.param
 
 
 @pytest.mark.usefixtures("any_size_pays")

@@ -1,0 +1,103 @@
+"""winograd.py against torch's convolution in float64."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from repository import winograd
+from repository.winograd import winograd_convolution, winograd_filters, winograd_pays
+
+
+def layer(C: int, K: int, **settings) -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(C, K, **{"kernel_size": 3, "padding": 1, **settings}).requires_grad_(False)
+
+
+def map_of(*shape: int) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(shape).to(memory_format=torch.channels_last)
+
+
+def error(y: torch.Tensor, x: torch.Tensor, conv: nn.Conv2d, gelu: bool = False) -> float:
+    """The greatest, in standard deviations of what is right."""
+    expected = F.conv2d(x.double(), conv.weight.double(), conv.bias if conv.bias is None else conv.bias.double(), 1, 1)
+    expected = F.gelu(expected, approximate="tanh") if gelu else expected
+    assert y.shape == expected.shape and y.dtype == torch.float32
+    return ((y - expected).abs().max() / expected.std()).item()
+
+
+@pytest.mark.parametrize("piece", [1, 2**10, 2**13, 2**19])  # single rows of tiles, several, several images, all
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize(
+    "shape, K", [((1, 3, 1, 1), 5), ((5, 8, 4, 8), 8), ((3, 16, 7, 13), 24), ((2, 20, 50, 9), 12), ((1, 1, 3, 2), 1)]
+)
+def test_equals_the_direct_sum(shape, K, bias, gelu, piece, monkeypatch):
+    monkeypatch.setattr(winograd, "PIECE", piece)
+    x, conv = map_of(*shape), layer(shape[1], K, bias=bias)
+    y = winograd_convolution(x, winograd_filters(conv.weight), conv.bias, gelu)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    if y.numel() > 1:
+        assert error(y, x, conv, gelu) < 1e-5
+
+
+def test_errors_are_a_few_times_those_of_the_direct_sum():
+    x, conv = map_of(2, 160, 28, 28), layer(160, 160)
+    ours = error(winograd_convolution(x, winograd_filters(conv.weight), conv.bias, False), x, conv)
+    assert ours < 10 * error(conv(x), x, conv)
+
+
+def test_any_layout_of_map_and_filters():
+    conv, whole = layer(8, 8), map_of(2, 16, 20, 20)
+    expected = winograd_convolution(whole[:, :8, 3:17, ::2].contiguous(), winograd_filters(conv.weight), None, False)
+    for x in (whole[:, :8, 3:17, ::2], whole[:, :8, 3:17, ::2].contiguous(memory_format=torch.channels_last)):
+        for weight in (conv.weight, conv.weight.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(winograd_convolution(x, winograd_filters(weight), None, False), expected)
+
+
+def test_an_image_does_not_depend_on_those_beside_it():
+    x, conv = map_of(7, 32, 12, 12), layer(32, 32)
+    weight = winograd_filters(conv.weight)
+    together = winograd_convolution(x, weight, conv.bias, True)
+    alone = torch.cat([winograd_convolution(one, weight, conv.bias, True) for one in x.split(1)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_keep_their_own_memory():
+    conv = layer(16, 16)
+    weight, inputs = winograd_filters(conv.weight), [map_of(4, 16, 8 * i, 8) for i in range(1, 5)]
+    wrong = []
+
+    def work(x):
+        for _ in range(50):
+            if error(winograd_convolution(x, weight, conv.bias, False), x, conv) > 1e-5:
+                wrong.append(x.shape)
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in inputs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_memory_from_inference_mode_serves_outside_of_it(monkeypatch):
+    monkeypatch.setattr(winograd, "_threads", threading.local())
+    x, conv = map_of(1, 8, 8, 8), layer(8, 8)
+    with torch.inference_mode():
+        winograd_convolution(x, winograd_filters(conv.weight), conv.bias, True)
+    assert error(winograd_convolution(x, winograd_filters(conv.weight), conv.bias, False), x, conv) < 1e-5
+
+
+def test_pays_for_wide_convolutions_of_large_maps_alone():
+    def pays(C, K, B, side, is_prepared=True, dtype=torch.float32, **settings):
+        return winograd_pays(torch.empty(B, C, side, side, dtype=dtype), layer(C, K, **settings), is_prepared)
+
+    assert pays(80, 80, 8, 56) and pays(160, 160, 1, 28) and pays(392, 392, 1, 28, is_prepared=False)
+    assert not pays(48, 48, 8, 56) and not pays(160, 160, 1, 7) and not pays(160, 160, 1, 14, is_prepared=False)
+    for settings in (dict(stride=2), dict(padding=0), dict(dilation=2), dict(groups=2), dict(kernel_size=5),
+                     dict(padding="same")):  # fmt: skip
+        assert not pays(160, 160, 8, 28, **settings)
+    assert not pays(160, 160, 8, 28, dtype=torch.bfloat16)
