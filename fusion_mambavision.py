@@ -2,7 +2,8 @@
 (`convolution`, `linear`) and, once for all calls, in a copy of it (`fused_copy`).
 
 BatchNorm becomes a part of the convolution before it, and in the copy layer scale of the layer before it. On a CPU
-oneDNN then adds the bias and applies GELU to results that are still in the cache.
+oneDNN then adds the bias and applies GELU to results that are still in the cache. There the 3x3 convolutions of large
+maps are computed by Winograd's algorithm (winograd.py).
 """
 
 import copy
@@ -144,8 +145,8 @@ def is_untouched(layer: nn.Module) -> bool:
 class _Fused(nn.Module):
     """A layer, and a GELU behind it or none, in one pass over memory where oneDNN runs.
 
-    There it also keeps the weights a second time, in the order in which oneDNN reads them, from the first call on:
-    bringing them into it takes up to half of a layer's time for one image.
+    There it also keeps the weights a second time, in the order in which oneDNN reads them or transformed for Winograd's
+    algorithm, from the first call on: this takes up to half of a layer's time for one image.
     """
 
     def __init__(self, layer: nn.Module, gelu: nn.GELU | None = None):
