@@ -132,10 +132,11 @@ _threads = threading.local()
 
 
 def _scratch(size: int) -> Tensor:
-    """Memory of each thread that is kept: new memory would be fetched from the system at every call, page by page."""
+    """Memory of each thread, up to 4 MiB for each core that it uses, that is kept: new memory would be fetched from the
+    system at every call, page by page."""
     if getattr(_threads, "scratch", None) is None or _threads.scratch.numel() < size:
         with torch.inference_mode(False):
-            _threads.scratch = torch.empty(size)
+            _threads.scratch = torch.empty(size, dtype=torch.float32, device="cpu")
     return _threads.scratch[:size]
 
 

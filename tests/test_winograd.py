@@ -86,8 +86,13 @@ def test_threads_keep_their_own_memory():
 def test_memory_from_inference_mode_serves_outside_of_it(monkeypatch):
     monkeypatch.setattr(winograd, "_threads", threading.local())
     x, conv = map_of(1, 8, 8, 8), layer(8, 8)
-    with torch.inference_mode():
-        winograd_convolution(x, winograd_filters(conv.weight), conv.bias, True)
+    winograd._transforms.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            winograd_convolution(x, winograd_filters(conv.weight), conv.bias, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert error(winograd_convolution(x, winograd_filters(conv.weight), conv.bias, False), x, conv) < 1e-5
 
 
