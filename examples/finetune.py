@@ -9,11 +9,10 @@ the Hub, or Fashion-MNIST's files.
     python examples/finetune.py OUTPUT --data FOLDER --lora 8                          # low-rank additions and the head
 
 All settings are in a recipe, a JSON file (recipe.py lists what there is), and --set replaces single ones. The default
-model of this repository came out of three trainings, each of which goes on from the weights of the one before:
+model of this repository came out of two trainings, the second of which goes on from the weights of the first:
 
     python examples/finetune.py FIRST --data FASHION_MNIST --recipe examples/recipes/fashion-mnist.json
     python examples/finetune.py SECOND --data FASHION_MNIST --recipe examples/recipes/fashion-mnist-2.json --model FIRST
-    python examples/finetune.py THIRD --data FASHION_MNIST --recipe examples/recipes/fashion-mnist-3.json --model SECOND
 
 Several GPUs or machines: `accelerate launch` or `torchrun` in the place of `python` (several processes on a CPU:
 `accelerate launch --multi_gpu --num_processes 2`). The batch size is each process's own; BatchNorm too looks at the

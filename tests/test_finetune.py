@@ -303,53 +303,67 @@ def test_averaged_weights_are_validated_and_saved(tiny_trainer, tmp_path):
     assert log(tmp_path / "out", "eval_inverted_accuracy") and log(tmp_path / "out", "eval_coloured_accuracy")
 
 
-def test_recipes_of_the_default_model_are_those_of_its_logs():
-    folder, epochs = EXAMPLES / "recipes", []
-    for name in ("fashion-mnist", "fashion-mnist-2", "fashion-mnist-3"):
-        recipe = recipes.read(folder / f"{name}.json", [])
-        history = json.loads((folder / f"{name}.log.json").read_text())
-        epochs.append(recipe["training"]["num_train_epochs"])
-        assert history[-1]["epoch"] == epochs[-1]
-        highest = max(entry["learning_rate"] for entry in history if "learning_rate" in entry)
-        assert 0.97 * recipe["training"]["learning_rate"] < highest <= recipe["training"]["learning_rate"]
-    seeds = [json.loads((folder / f"fashion-mnist.seed-{i}.results.json").read_text())["accuracy"] for i in (0, 1)]
-    assert abs(seeds[0] - seeds[1]) < 0.003
-    notes = (folder / "fashion-mnist.json").read_text()
-    assert f"{100 * seeds[1]:.2f} % of the test images against {100 * seeds[0]:.2f}" in notes
-    config = json.loads((ROOT / "config.json").read_text())
-    model = recipes.read(folder / "fashion-mnist.json", [])["model"] | recipe["config"]
-    assert {name: config[name] for name in model} == model
-    assert f"{epochs[0]} epochs, {epochs[1]} more" in (ROOT / "README.md").read_text()
-
-
-@pytest.mark.parametrize("name", ["84px", "deeper"])
-def test_the_other_trainings_were_as_their_notes_say(name):
-    """The one at 84 pixels all of it in bfloat16, without a loss that was not finite."""
-    folder = EXAMPLES / "recipes"
-    recipe = recipes.read(folder / f"fashion-mnist-{name}.json", [])["training"]
-    history = json.loads((folder / f"fashion-mnist-{name}.log.json").read_text())
+def recipe_and_log(name: str) -> tuple[dict, list[dict], str]:
+    """Settings, log and notes of a recipe of this repository, the log being that of these settings."""
+    path = EXAMPLES / "recipes" / f"{name}.json"
+    recipe, history = recipes.read(path, []), json.loads(path.with_suffix(".log.json").read_text())
+    assert history[-1]["epoch"] == recipe["training"]["num_train_epochs"]
+    highest = max(entry["learning_rate"] for entry in history if "learning_rate" in entry)
+    assert 0.97 * recipe["training"]["learning_rate"] < highest <= recipe["training"]["learning_rate"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert recipe.get("bf16", False) == (name == "84px") and history[-1]["epoch"] == recipe["num_train_epochs"]
-    assert len(losses) == history[-1]["step"] // recipe["logging_steps"] and all(map(math.isfinite, losses))
+    assert len(losses) == history[-1]["step"] // recipe["training"]["logging_steps"] and all(map(math.isfinite, losses))
+    return recipe, history, " ".join(json.loads(path.read_text())["notes"])
 
-    results, default = (
-        json.loads((folder / f"fashion-mnist{suffix}.results.json").read_text()) for suffix in (f"-{name}", "")
-    )
-    notes = (folder / f"fashion-mnist-{name}.json").read_text()
-    assert f"{100 * results['accuracy']:.2f} % against {100 * default['accuracy']:.2f}" in notes
+
+def held_out(history: list[dict]) -> list[float]:
+    """The last accuracies in percent: of held-out images as they are, inverted, coloured."""
+    keys = [f"eval_{kind}accuracy" for kind in ("", "inverted_", "coloured_")]
+    return [100 * [entry[key] for entry in history if key in entry][-1] for key in keys]
+
+
+def results_of(name: str) -> dict:
+    return json.loads((EXAMPLES / "recipes" / f"{name}.results.json").read_text())
+
+
+def compared(results: dict, others: dict) -> list[str]:
+    """What notes say of the accuracies of test images and their variants."""
+    texts = [f"{100 * results['accuracy']:.2f} % against {100 * others['accuracy']:.2f}"]
     for variant, value in results["variants"].items():
-        expected = default["variants"][variant]["accuracy"]
-        variant = {"inverted and coloured": "both"}.get(variant, variant)
-        assert f"{variant} {100 * value['accuracy']:.2f} against {100 * expected:.2f}" in notes
-    for kind in ("", "inverted_", "coloured_"):
-        held_out = [100 * entry[f"eval_{kind}accuracy"] for entry in history if f"eval_{kind}accuracy" in entry][-1]
-        text = f"{kind.rstrip('_')} {held_out:.1f} against" if kind else f"{held_out:.1f} % against"
-        assert text in notes
-    assert results["correct"] <= default["correct"]
-    if name == "84px":  # as the README says
-        assert all(
-            results["variants"][v]["correct"] > default["variants"][v]["correct"] for v in ("shifted", "coloured")
+        name = {"inverted and coloured": "both"}.get(variant, variant)
+        texts.append(
+            f"{name} {100 * value['accuracy']:.2f} against {100 * others['variants'][variant]['accuracy']:.2f}"
         )
+    return texts
+
+
+def test_recipes_of_the_default_model_are_those_of_its_logs():
+    (first, history, notes), (second, last_history, last_notes) = (
+        recipe_and_log(name) for name in ("fashion-mnist", "fashion-mnist-2")
+    )
+    for accuracies, text in ((held_out(history), notes), (held_out(last_history), last_notes)):
+        assert "{:.1f} %, inverted {:.1f}, coloured {:.1f}".format(*accuracies) in text
+    start, results, before = results_of("earlier/first"), results_of("fashion-mnist"), results_of("earlier/small")
+    assert f"{100 * start['accuracy']:.2f} % of the test images" in notes
+    assert all(text in last_notes for text in compared(results, before))
+    config = json.loads((ROOT / "config.json").read_text())
+    model = first["model"] | second["config"]
+    assert {name: config[name] for name in model} == model
+    epochs = [recipe["training"]["num_train_epochs"] for recipe in (first, second)]
+    assert second["start_epoch"] == epochs[0]
+    assert f"{epochs[0]} epochs, and {epochs[1]} more" in (ROOT / "README.md").read_text()
+
+
+def test_earlier_trainings_were_as_their_notes_say():
+    """The one at 84 pixels all of it in bfloat16, without a loss that was not finite."""
+    for name in ("small-2", "small-3"):
+        recipe_and_log(f"earlier/{name}")
+    seeds = [100 * results_of(f"earlier/small.seed-{i}")["accuracy"] for i in (0, 1)]
+    assert abs(seeds[0] - seeds[1]) < 0.3
+    assert "{1:.2f} % of the test images against {0:.2f}".format(*seeds) in recipe_and_log("earlier/small")[2]
+    recipe, history, notes = recipe_and_log("earlier/small-84px")
+    assert recipe["training"]["bf16"]
+    assert "{:.1f} % against".format(*held_out(history)) in notes
+    assert all(text in notes for text in compared(results_of("earlier/small-84px"), results_of("earlier/small")))
 
 
 def test_parameter_groups(small_config):
