@@ -33,8 +33,11 @@ from .selective_scan import (
 )
 
 
-with suppress(ImportError):  # without Triton; named here for transformers 4, which takes along what this file imports
+with suppress(
+    ImportError
+):  # named for transformers 4, which takes along what this file itself imports
     from .selective_scan_triton import scan as _  # noqa: F401
+    from .winograd import winograd_convolution  # noqa: F401
 
 try:  # transformers 5
     from transformers.backbone_utils import BackboneMixin
