@@ -353,6 +353,20 @@ def test_recipes_of_the_default_model_are_those_of_its_logs():
     assert f"{epochs[0]} epochs, and {epochs[1]} more" in (ROOT / "README.md").read_text()
 
 
+def test_the_second_seed_is_what_the_notes_say():
+    _, history, notes = recipe_and_log("fashion-mnist")
+    other = json.loads((EXAMPLES / "recipes" / "fashion-mnist.seed-1.log.json").read_text())
+    losses = [
+        ", ".join(f"{entry['loss']:.2f}" for entry in log if "loss" in entry and entry["epoch"] <= 4)
+        for log in (other, history)
+    ]
+    assert " against ".join(losses) in notes
+    accuracies = zip(held_out(other), held_out([entry for entry in history if entry["epoch"] <= 4]), strict=True)
+    assert "{} % of the held-out images, inverted {}, coloured {}".format(
+        *(f"{accuracy:.1f} against {of_the_first:.1f}" for accuracy, of_the_first in accuracies)
+    ) in notes  # fmt: skip
+
+
 def test_earlier_trainings_were_as_their_notes_say():
     """The one at 84 pixels all of it in bfloat16, without a loss that was not finite."""
     for name in ("small-2", "small-3"):
