@@ -337,9 +337,8 @@ def any_size_pays(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.usefixtures("any_size_pays")
 @torch.inference_mode()
-def test_the_faster_operators_are_taken(classifier, processor):
+def test_the_faster_operators_are_taken(classifier, processor, any_size_pays):
     has_onednn = torch.backends.mkldnn.is_available()
     for model in (classifier, classifier.fuse()):
         with torch.profiler.profile() as profile:
@@ -347,6 +346,7 @@ def test_the_faster_operators_are_taken(classifier, processor):
         called = {event.key: event.count for event in profile.key_averages()}
         assert ("mkldnn::_convolution_pointwise" in called) == has_onednn
         assert ("mkldnn::_linear_pointwise" in called) == (has_onednn and processor == "AVX512")
+        assert ("aten::unfold" in called) == (has_onednn and any_size_pays == "winograd")  # of maps into patches
         if has_onednn:  # the one behind the last map alone is not folded
             assert called["aten::native_batch_norm"] == 1
 

@@ -51,10 +51,9 @@ def test_errors_are_a_few_times_those_of_the_direct_sum():
 
 def test_any_layout_of_map_and_filters():
     conv, whole = layer(8, 8), map_of(2, 16, 20, 20)
-    expected = winograd_convolution(whole[:, :8, 3:17, ::2].contiguous(), winograd_filters(conv.weight), None, False)
     for x in (whole[:, :8, 3:17, ::2], whole[:, :8, 3:17, ::2].contiguous(memory_format=torch.channels_last)):
         for weight in (conv.weight, conv.weight.contiguous(memory_format=torch.channels_last)):
-            torch.testing.assert_close(winograd_convolution(x, winograd_filters(weight), None, False), expected)
+            assert error(winograd_convolution(x, winograd_filters(weight), conv.bias, False), x, conv) < 1e-5
 
 
 def test_an_image_does_not_depend_on_those_beside_it():
