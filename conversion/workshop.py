@@ -86,6 +86,11 @@ class Workshop:
             raise ConversionError(f"{self.target} exists: choose another folder, or replace it with --overwrite")
         if not (self.target / "config.json").is_file():
             raise ConversionError(f"{self.target} is not a model's folder, and --overwrite replaces nothing else")
+        if (self.target / ".git").exists():
+            raise ConversionError(
+                f"{self.target} is a git repository, which --overwrite would delete with its history: convert into"
+                " another folder and copy the files"
+            )
 
     def _lock(self) -> None:
         while not self.ours:

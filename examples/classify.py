@@ -3,7 +3,7 @@
 
 import json
 
-from command import ROOT, Parser, load_model, positive, quiet, run
+from command import ROOT, Parser, load_model, positive, preprocessed, quiet, run
 from data import check_image, read_image
 
 
@@ -38,10 +38,9 @@ def classify(paths: list[str], model, processor, top_k: int) -> list[list[dict]]
     with tqdm(total=len(paths), unit="image", delay=2, disable=None, leave=False) as progress:
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
-            # one by one, so that no more than one image is in memory at its full size
-            inputs = [processor(read_image(path), return_tensors="pt").pixel_values for path in batch]
+            pixel_values = preprocessed(map(read_image, batch), processor)
             with torch.inference_mode():
-                logits = model(torch.cat(inputs).to(model.device)).logits.float()
+                logits = model(pixel_values.to(model.device)).logits.float()
             for scores in logits.sigmoid() if several_labels else logits.softmax(-1):
                 best = scores.argsort(descending=True)[:top_k].tolist()
                 predictions.append([{"label": model.config.id2label[i], "score": scores[i].item()} for i in best])

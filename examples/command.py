@@ -11,6 +11,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent  # the default model's folder
+MOST_PIXELS = 2**24  # of images in memory at their full size, beyond the last one
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +39,7 @@ def positive_number(text: str) -> float:
 
 def run(main) -> None:
     """Call `main()` as the program: what a user can get wrong ends it with one line on stderr and exit code 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be none in the terminal's encoding
     try:
         main()
     except ModuleNotFoundError as error:
@@ -60,6 +62,25 @@ def quiet() -> None:
     """Keep the libraries' warnings off the terminal; what concerns the user is raised as an error."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+
+
+def preprocessed(images, processor):
+    """`pixel_values` of an iterable of PIL images, None if there is none.
+
+    They are taken a few at a time if they are large: a batch of photographs could fill the memory.
+    """
+    import torch
+
+    done, held, pixels = [], [], 0
+    for image in images:
+        held.append(image)
+        pixels += image.width * image.height
+        if pixels >= MOST_PIXELS:
+            done.append(processor(held, return_tensors="pt").pixel_values)
+            held, pixels = [], 0
+    if held:
+        done.append(processor(held, return_tensors="pt").pixel_values)
+    return torch.cat(done) if done else None
 
 
 def load_class(name: str):

@@ -107,7 +107,7 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path):
-        self.classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+        self.classes = folders(folder)
         if not self.classes:
             raise ValueError(f"{folder} holds neither Fashion-MNIST's files nor a folder per class")
         self.files = []
@@ -159,6 +159,9 @@ class ListedImages:
     __len__, __getitem__ = ImageFolder.__len__, ImageFolder.__getitem__
 
 
+NO_CLASS = (-1, None)  # of an image, in a column of classes
+
+
 class HubImages:
     """A split of a data set of the `datasets` library, as (RGB image, class index).
 
@@ -167,7 +170,7 @@ class HubImages:
         split: `datasets.Dataset` with one column of images and one of classes.
 
     Raises:
-        ValueError: it has none, or several, of such columns.
+        ValueError: it has none, or several, of such columns, or no image has a class.
     """
 
     def __init__(self, name: str, split):
@@ -176,6 +179,8 @@ class HubImages:
         self.name = name
         self.image, self.label = (self._column(split, kind) for kind in (Image, ClassLabel))
         self.classes = list(split.features[self.label].names)
+        if len(split) and set(split.unique(self.label)) <= set(NO_CLASS):
+            raise ValueError(f"data {name}: no image of this split has a class")
         # read_image decides what an image is, and a broken one is an error of its own
         self.split = split.cast_column(self.image, Image(decode=False))
 
@@ -191,10 +196,12 @@ class HubImages:
 
     def __getitem__(self, index):
         row = self.split[index]
-        stored = row[self.image]
+        stored, label = row[self.image], row[self.label]
+        if stored is None or label in NO_CLASS:
+            raise ValueError(f"{self.name}, image {index}: there is no {'image' if stored is None else 'class'}")
         file = None if stored["bytes"] is None else io.BytesIO(stored["bytes"])
         path = stored["path"] if file is None else f"{self.name}, image {index}"
-        return _decode(path, _as_rgb, file), row[self.label]
+        return _decode(path, _as_rgb, file), label
 
 
 class Part:
@@ -210,7 +217,8 @@ class Part:
         return self.dataset[self.indices[index]]
 
 
-TRAIN, HELD_OUT = ("train", "training"), ("validation", "val", "valid", "test")
+# Names of splits, in any case
+TRAIN, VALIDATION, TEST = ("train", "training"), ("validation", "val", "valid"), ("test", "testing")
 
 
 def training_data(source: str, validation: float, seed: int):
@@ -226,14 +234,16 @@ def training_data(source: str, validation: float, seed: int):
         Two data sets of (RGB image, class index) with `classes`; the second is None where `validation` is 0.
 
     Raises:
-        ValueError: there is no such data, or the splits' classes differ.
+        ValueError: there is no such data, it has one class, or the splits' classes differ.
         ImportError: the data needs the package `datasets`.
     """
     splits = _splits(source)
-    train = next((splits[name] for name in TRAIN if name in splits), None)
+    train, held_out = _first(splits, TRAIN), _first(splits, VALIDATION)
     if train is None:
         raise ValueError(f"data {source} has no split {TRAIN[0]}; its splits are {', '.join(splits)}")
-    train, held_out = train(), next((splits[name] for name in HELD_OUT[:-1] if name in splits), None)
+    train = train()
+    if len(train.classes) < 2:
+        raise ValueError(f"data {source} has one class, {train.classes[0]}, which leaves nothing to tell apart")
     if not validation:
         return train, None
     if held_out:
@@ -254,8 +264,12 @@ def test_data(source: str, split: str | None = None):
     splits = _splits(source)
     if split is not None and split not in splits:
         raise ValueError(f"data {source} has no split {split}; its splits are {', '.join(splits)}")
-    names = [split] if split else ["test", *HELD_OUT, *splits]
-    return next(splits[name] for name in names if name in splits)()
+    return (splits[split] if split else _first(splits, (*TEST, *VALIDATION)) or next(iter(splits.values())))()
+
+
+def _first(splits: dict, names: tuple[str, ...]):
+    """The split that has the first of the names."""
+    return next((splits[split] for name in names for split in splits if split.lower() == name), None)
 
 
 def _splits(source: str) -> dict:
@@ -269,8 +283,12 @@ def _splits(source: str) -> dict:
         return {"train": lambda: FashionMNIST(folder, "train"), "test": lambda: FashionMNIST(folder, "t10k")}
     if any(folder.rglob("*.parquet")) or any(folder.rglob("*.arrow")):
         return _hub_splits(source)
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if names and all(name in TRAIN + HELD_OUT for name in names):
+    names = folders(folder)
+    # classes may be called so too, such as the train among the vehicles: it holds images and not folders of them
+    if names and (
+        all(name.lower() in TRAIN + VALIDATION + TEST for name in names)
+        or any(name.lower() in TRAIN and folders(folder / name) for name in names)
+    ):
         return {name: lambda name=name: ImageFolder(folder / name) for name in names}
     return {"train": lambda: ImageFolder(folder)}
 
@@ -294,4 +312,15 @@ def _hub_splits(source: str) -> dict:
 def image_files(folder: Path) -> list[Path]:
     """The files in a folder, and in those within, that are images by their names, in order."""
     known = Image.registered_extensions()
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in known)
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in known)
+    return sorted(file for file in files if not any(map(_is_litter, file.relative_to(folder).parts)))
+
+
+def folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, in order."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _is_litter(entry.name))
+
+
+def _is_litter(name: str) -> bool:
+    """Whether a file or folder is one that systems leave behind: macOS in archives, notebooks, version control."""
+    return name.startswith(".") or name == "__MACOSX"

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from command import ROOT, Parser, load_model, positive, quiet, run
+from command import ROOT, Parser, load_model, positive, preprocessed, quiet, run
 from data import FashionMNIST, ListedImages, test_data
 from variants import VARIANTS, Rendered
 
@@ -85,15 +85,15 @@ def label_indices(classes: list[str], id2label: dict[int, str], by_index: bool) 
     """The model's index of each of the data's classes: by name, as ImageNet's synset (n01440764), or by number.
 
     Raises:
-        ValueError: a class of the data is none of the model's.
+        ValueError: a class of the data is none of the model's, or several.
     """
-    indices = {label: i for i, label in id2label.items()}
     if by_index:
-        if len(classes) != len(indices):
-            raise ValueError(f"--by-index: the data has {len(classes)} classes and the model {len(indices)}")
+        if len(classes) != len(id2label):
+            raise ValueError(f"--by-index: the data has {len(classes)} classes and the model {len(id2label)}")
         return list(range(len(classes)))
+    indices = {label: i for i, label in id2label.items()}
     if not set(classes) <= indices.keys():
-        if all(re.fullmatch(r"n\d{8}", name) for name in classes) and len(indices) == 1000:
+        if all(re.fullmatch(r"n\d{8}", name) for name in classes) and len(id2label) == 1000:
             from timm.data import ImageNetInfo
 
             indices = {synset: i for i, synset in enumerate(ImageNetInfo("imagenet-1k").label_names())}
@@ -102,6 +102,9 @@ def label_indices(classes: list[str], id2label: dict[int, str], by_index: bool) 
     for name in classes:
         if name not in indices:
             raise ValueError(f"the data's class {name!r} is not a label of the model; its labels are {list(indices)}")
+        if list(id2label.values()).count(name) > 1:  # the crane that flies, and the one that lifts
+            raise ValueError(f"several labels of the model are {name!r}: name the data's classes by ImageNet's synsets"
+                             " or by numbers, or say --by-index")  # fmt: skip
     return [indices[name] for name in classes]
 
 
@@ -116,21 +119,26 @@ def predict(dataset, indices: list[int], model, processor, batch_size: int, repo
     from tqdm import tqdm
 
     logits, labels, start = [], [], time.perf_counter()
+
+    def images(batch: range):
+        for i in batch:
+            try:
+                image, label = dataset[i]
+            except ValueError as error:
+                if report:
+                    tqdm.write(f"skipped: {error}", file=sys.stderr)
+                continue
+            labels.append(indices[label])
+            yield image
+
     with tqdm(total=len(dataset), unit="image", delay=2, disable=None, leave=False) as progress:
         for first in range(0, len(dataset), batch_size):
-            batch = []
-            for i in range(first, min(first + batch_size, len(dataset))):
-                try:
-                    batch.append(dataset[i])
-                except ValueError as error:
-                    if report:
-                        tqdm.write(f"skipped: {error}", file=sys.stderr)
-            if batch:
-                pixel_values = processor([image for image, _ in batch], return_tensors="pt").pixel_values
+            batch = range(first, min(first + batch_size, len(dataset)))
+            pixel_values = preprocessed(images(batch), processor)
+            if pixel_values is not None:
                 with torch.inference_mode():
                     logits.append(model(pixel_values.to(model.device)).logits.float().cpu())
-                labels += [indices[label] for _, label in batch]
-            progress.update(min(batch_size, len(dataset) - first))
+            progress.update(len(batch))
     if not logits:
         raise ValueError("none of the images can be read")
     return torch.cat(logits), torch.tensor(labels), time.perf_counter() - start

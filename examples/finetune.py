@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 
 import recipe as recipes
-from command import ROOT, Parser, load_class, positive, positive_number, quiet, run
+from command import ROOT, Parser, load_class, positive, positive_number, preprocessed, quiet, run
 from data import training_data
 
 
@@ -59,6 +59,8 @@ def main(arguments=None):
     changes += [f"lora.rank={args.lora}"] if args.lora else []
     earlier = args.output / "recipe.json"
     recipe = recipes.read(args.recipe or (earlier if args.resume and earlier.exists() else None), changes)
+    if args.model:
+        recipe["base_model"] = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     train, validation = training_data(args.data, recipe["validation"], recipe["seed"])
 
     import torch
@@ -67,7 +69,7 @@ def main(arguments=None):
 
     transformers_logging.disable_progress_bar()  # of loading and saving, between the lines of the training's own
     torch.manual_seed(recipe["seed"])
-    model = make_model(args.model, train.classes, recipe)
+    model = make_model(recipe["base_model"], train.classes, recipe)
     checkpoint = last_checkpoint(args.output)
     if checkpoint and not args.resume:
         raise ValueError(f"{args.output} holds checkpoints: go on from the last with --resume, or name another folder")
@@ -98,6 +100,7 @@ def finish(trainer, output: Path) -> None:
 
 def make_model(source: str | None, classes: list[str], recipe: dict):
     """A classifier of these classes: a new one, or a loaded one, with a new head unless its labels are these."""
+    import torch
     from transformers import AutoModelForImageClassification
 
     labels = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
@@ -123,6 +126,7 @@ def make_model(source: str | None, classes: list[str], recipe: dict):
         try:
             model, report = AutoModelForImageClassification.from_pretrained(
                 source, trust_remote_code=True, ignore_mismatched_sizes=True, output_loading_info=True,
+                torch_dtype=torch.float32,  # small steps are lost on weights in half precision
                 **labels, **recipe["config"]
             )  # fmt: skip
         except Exception as error:  # the files are the user's, and each can be broken in its own way
@@ -247,16 +251,19 @@ class ValidationImages:
         import torch
         from PIL import Image
 
-        images, labels = [], []
-        for index in indices:
-            try:
-                image, label = self.dataset[index]
-            except ValueError as error:
-                self.unreadable(error)
-                image, label = Image.new("RGB", (8, 8)), -100
-            images.append(image)
-            labels.append(label)
-        pixel_values = self.processor(images, return_tensors="pt").pixel_values
+        labels = []
+
+        def images():
+            for index in indices:
+                try:
+                    image, label = self.dataset[index]
+                except ValueError as error:
+                    self.unreadable(error)
+                    image, label = Image.new("RGB", (8, 8)), -100
+                labels.append(label)
+                yield image
+
+        pixel_values = preprocessed(images(), self.processor)
         return {"pixel_values": pixel_values, "labels": torch.tensor(labels)}
 
 
@@ -268,7 +275,7 @@ class Report:
 
     def __call__(self, error: ValueError) -> None:
         line = " ".join(str(error).split()) + "\n"
-        with self.path.open("a+") as file:
+        with self.path.open("a+", encoding="utf-8", errors="surrogateescape") as file:  # whatever a file is called
             file.seek(0)
             if line not in file.readlines():
                 file.write(line)

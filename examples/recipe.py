@@ -11,6 +11,7 @@ DEFAULTS = {
     "seed": 0,
     "start_epoch": 0,  # the epochs that the model was trained before with this seed, whose random changes not to repeat
     "validation": 0.1,  # part of the training images held out, where the data has no validation images of its own
+    "base_model": None,  # what --model says, for --resume to know it
     "model": None,  # configuration fields of a new model (and "variant": a published model to take the others from)
     "even_stem": False,  # start a new model blind to colour and to inversion (see finetune.py)
     "config": {},  # configuration fields to change in a loaded model (or any), such as drop_path_rate
@@ -140,6 +141,8 @@ def _check(recipe: dict) -> None:
     for key in ("config", "training"):
         if not isinstance(recipe[key], dict):
             raise ValueError(f"{key} must be an object, got {recipe[key]!r}")
+    if recipe["base_model"] is not None and not isinstance(recipe["base_model"], str):
+        raise ValueError(f"base_model must be a folder or a name, got {recipe['base_model']!r}")
     for key in ("even_stem", "freeze_backbone", "sync_batchnorm"):
         if not isinstance(recipe[key], bool):
             raise ValueError(f"{key} must be true or false, got {recipe[key]!r}")

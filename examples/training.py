@@ -109,8 +109,15 @@ class RecipeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_average(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, checkpoint: str) -> None:
         if self.ema:
-            self.ema.module.load_state_dict(load_file(Path(resume_from_checkpoint) / "ema.safetensors"))
+            self.ema.module.load_state_dict(load_file(Path(checkpoint) / "ema.safetensors"))
 
 
 class _Steps(TrainerCallback):

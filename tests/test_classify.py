@@ -56,6 +56,13 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def test_names_of_files_that_the_terminal_cannot_write(tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9.png")  # Latin-1, as old archives have it
+    shutil.copy(IMAGES / "bag.png", file)
+    done = classify(file, "--top-k", 1)
+    assert done.stderr == "" and "caf\\udce9.png" in done.stdout and "Bag" in done.stdout
+
+
 def expected_scores(path) -> dict[str, float]:
     """By label, without the image processor: for the square example images a resize by Pillow and a normalisation."""
     model = AutoModelForImageClassification.from_pretrained(ROOT, trust_remote_code=True)

@@ -929,6 +929,11 @@ def test_only_a_models_folder_is_ever_replaced(checkpoint, tmp_path):
         arguments = (checkpoint, tmp_path / name, "--overwrite")
         assert_fails_and_leaves_nothing(tmp_path / name, [name, "not a model's folder"], *arguments)
     assert (tmp_path / "documents" / "thesis.txt").exists()
+    (tmp_path / "clone" / ".git").mkdir(parents=True)
+    (tmp_path / "clone" / "config.json").write_text("{}")
+    arguments = (checkpoint, tmp_path / "clone", "--overwrite")
+    assert_fails_and_leaves_nothing(tmp_path / "clone", ["git repository", "history"], *arguments)
+    assert (tmp_path / "clone" / ".git").exists()
     out = checkpoint.parent
     (out / "config.json").write_text("{}")
     for source in (checkpoint, out):

@@ -14,11 +14,12 @@ import torch
 from conftest import FIXTURES, ROOT
 from PIL import Image
 from processes import run_forked
-from transformers import AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 
 sys.path.insert(0, str(ROOT / "examples"))
 
+import command as shared
 import data
 import evaluate as command
 
@@ -194,8 +195,12 @@ def test_variants_confusion_matrix_and_an_unreadable_image(images, classes, tmp_
 
 def test_imagenets_validation_images(images, tmp_path):
     """Synsets and indices name ImageNet's classes; a file says them for images that are in no folders by class."""
-    labels = {i: f"label {i}" for i in range(1000)}
+    labels = {i: f"label {i}" for i in range(1000)} | {134: "crane", 517: "crane"}  # the bird and the machine
     assert command.label_indices(["n01440764", "n02132136", "n15075141"], labels, False) == [0, 294, 999]
+    assert command.label_indices(["n02012849", "n03126707"], labels, False) == [134, 517]
+    assert command.label_indices([f"class {i}" for i in range(1000)], labels, True) == list(range(1000))
+    with pytest.raises(ValueError, match="several labels of the model are 'crane'"):
+        command.label_indices(["crane"], labels, False)
     assert command.label_indices(["7", "0012"], labels, False) == [7, 12]
     assert command.label_indices(["label 7"], labels, False) == [7]
     assert command.label_indices(["x", "y"], {0: "a", 1: "b"}, True) == [0, 1]
@@ -218,6 +223,22 @@ def test_imagenets_validation_images(images, tmp_path):
         (tmp_path / "wrong.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
             data.ListedImages(str(tmp_path), tmp_path / "wrong.txt")
+
+
+def test_large_images_are_preprocessed_a_few_at_a_time(images, monkeypatch):
+    processor = AutoImageProcessor.from_pretrained(ROOT)
+    pictures = [Image.fromarray(x).convert("RGB") for x in images[:7]]
+    whole = processor(pictures, return_tensors="pt").pixel_values
+    calls = []
+
+    def counting(held, **kwargs):
+        calls.append(len(held))
+        return processor(held, **kwargs)
+
+    monkeypatch.setattr(shared, "MOST_PIXELS", 3 * 28 * 28)
+    assert torch.equal(shared.preprocessed(iter(pictures), counting), whole)
+    assert calls == [3, 3, 1]
+    assert shared.preprocessed(iter([]), counting) is None
 
 
 def test_summary_names_the_worst_classes():

@@ -217,6 +217,12 @@ def test_training_in_pieces_of_time(fashion, tmp_path, command, capsys):
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
+    recipe = recipe_file(tmp_path, model=None, augmentation={})
+    command(tmp_path / "more", "--data", fashion, "--recipe", recipe, "--set", "training.max_steps=2",
+            "--model", tmp_path / "pieces", "--max-minutes", "1e-9")  # fmt: skip
+    command(tmp_path / "more", "--data", fashion, "--resume")  # with the same model, whose shapes the default's are not
+    assert load_file(tmp_path / "more" / "model.safetensors").keys() == first.keys()
+
 
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_give_the_curve_of_one(tmp_path, command, capfd):
@@ -301,6 +307,26 @@ def test_averaged_weights_are_validated_and_saved(tiny_trainer, tmp_path):
     assert log(tmp_path / "out", "eval_loss")[-1] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert log(tmp_path / "out", "eval_accuracy")[-1] == pytest.approx((logits.argmax(-1) == labels).double().mean())
     assert log(tmp_path / "out", "eval_inverted_accuracy") and log(tmp_path / "out", "eval_coloured_accuracy")
+
+
+def test_the_best_average_is_loaded_at_the_end(tiny_trainer):
+    settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = tiny_trainer(training={**RECIPE["training"], **settings, "save_steps": 4, "eval_steps": 4,
+                                     "eval_strategy": "steps", "save_strategy": "steps"})  # fmt: skip
+    trainer.train()
+    best, result = Path(trainer.state.best_model_checkpoint), trainer.result.state_dict()
+    assert best.name != "checkpoint-13"  # the highest loss is not the last one
+    expected = load_file(best / "ema.safetensors")
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+
+
+def test_unreadable_images_are_named_whatever_they_are_called(tmp_path, capfd):
+    report = finetune.Report(tmp_path / "unreadable.txt")
+    name = os.fsdecode(b"caf\xe9.jpg")  # Latin-1, as old archives have it
+    for _ in range(2):
+        report(ValueError(f"{name} is not an image"))
+    assert (tmp_path / "unreadable.txt").read_bytes() == b"caf\xe9.jpg is not an image\n"
+    assert capfd.readouterr().err.count("skipped") == 1
 
 
 def recipe_and_log(name: str) -> tuple[dict, list[dict], str]:
@@ -622,7 +648,8 @@ def test_new_models_by_variant_and_loaded_ones_with_a_fitting_head(tmp_path):
     assert heads[1].shape == before.shape and heads[1].std().item() == pytest.approx(0.02, rel=0.2)  # as many others
     assert heads[2].shape[0] == 2
 
-    model.save_pretrained(tmp_path)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert finetune.make_model(str(tmp_path), ["a", "b"], complete).dtype == torch.float32
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.levels.1.blocks.0.conv1.weight"], weights["model.head.bias"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -645,8 +672,23 @@ def test_data_with_splits_and_data_of_the_datasets_library(tmp_path):
     assert data.training_data(str(tmp_path / "folders"), 0, 0)[1] is None
     with pytest.raises(ValueError, match="no split dev; its splits are test, train, val"):
         data.test_data(str(tmp_path / "folders"), "dev")
+    # as other people name and pack them
+    (tmp_path / "folders" / "train").rename(tmp_path / "folders" / "Training")
+    for litter in ("__MACOSX", ".ipynb_checkpoints", "Training/.git", "val/ant/__MACOSX", "unlabelled"):
+        (tmp_path / "folders" / litter).mkdir()
+        grey(np.zeros((9, 9))).save(tmp_path / "folders" / litter / "._0.png")
+    train, validation = data.training_data(str(tmp_path / "folders"), 0.5, 0)
+    assert (len(train), len(validation), train.classes) == (6, 4, ["ant", "bee"])
+    for name in ("bus", "train"):
+        (tmp_path / "vehicles" / name).mkdir(parents=True)
+        grey(np.zeros((9, 9))).save(tmp_path / "vehicles" / name / "0.png")
+    assert data.test_data(str(tmp_path / "vehicles")).classes == ["bus", "train"]
+    (tmp_path / "wrapped").mkdir()
+    (tmp_path / "vehicles").rename(tmp_path / "wrapped" / "vehicles")
+    with pytest.raises(ValueError, match="has one class, vehicles"):
+        data.training_data(str(tmp_path / "wrapped"), 0.5, 0)
 
-    files = sorted((tmp_path / "folders" / "train").rglob("*.png"))
+    files = sorted((tmp_path / "folders" / "Training").glob("[ab]*/*.png"))
     contents = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
     contents[4]["bytes"] = contents[4]["bytes"][:50]
     columns = {"photo": contents, "kind": [0, 0, 0, 1, 1, 1], "weight": [0.5] * 6}
@@ -663,6 +705,17 @@ def test_data_with_splits_and_data_of_the_datasets_library(tmp_path):
         assert whole[3][1] == 1 and whole[2][0].getpixel((4, 4)) == (100, 100, 100)
         with pytest.raises(ValueError, match="image 4 cannot be read as an image"):
             whole[4]
+    columns["kind"] = [0, 0, 0, 1, -1, None]
+    columns["photo"] = [*contents[:3], None, *contents[4:]]
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    whole = data.test_data(str(tmp_path / "parquet"))
+    for i, absent in ((3, "image"), (4, "class"), (5, "class")):
+        with pytest.raises(ValueError, match=f"image {i}: there is no {absent}"):
+            whole[i]
+    columns["kind"] = [-1] * 6
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "parquet" / "train-0.parquet")
+    with pytest.raises(ValueError, match="no image of this split has a class"):
+        data.test_data(str(tmp_path / "parquet"))
     made.remove_columns("kind").to_parquet(tmp_path / "parquet" / "train-0.parquet")
     with pytest.raises(ValueError, match="one column of type ClassLabel, and has none among"):
         data.test_data(str(tmp_path / "parquet"))
