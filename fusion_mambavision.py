@@ -19,20 +19,29 @@ from .selective_scan import is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
 
+@torch.inference_mode(False)  # whose tensors do not count their changes, by which packed weights are known to be old
 @torch.no_grad()
-def fused_copy(model: nn.Module) -> nn.Module:
+def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Module:
     """A copy of a MambaVision model that computes the same in less time; see its `fuse`.
+
+    Args:
+        known: the classes of the modules that are changed inside. Others, whatever their layers are called, may compute
+            something else with them.
 
     Raises:
         ValueError: the model is in training mode, in which BatchNorm depends on the batch.
     """
     if model.training:
         raise ValueError("fuse() is for inference, and this model is in training mode: call model.eval() first")
+
+    def is_known(module: nn.Module | None) -> bool:
+        return type(module) in known and "forward" not in module.__dict__
+
     fused = copy.deepcopy(model).requires_grad_(False)
     fused.is_fused = True
     net = fused.model
     stem, norm, pool = getattr(net.patch_embed, "conv_down", None), net.norm, net.avgpool
-    for i in (0, 3) if isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
+    for i in (0, 3) if is_known(net.patch_embed) and isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
         if _can_fold(stem[i], stem[i + 1]) and type(stem[i + 2]) is nn.ReLU:
             stem[i], stem[i + 1] = FusedConv2d(_folded(stem[i], stem[i + 1])), nn.Identity()
             stem[i + 2].inplace = is_untouched(stem[i + 2])  # not oneDNN's, which makes 0 of what is no number
@@ -40,18 +49,22 @@ def fused_copy(model: nn.Module) -> nn.Module:
         reduction = getattr(level.downsample, "reduction", None)
         if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain(reduction[0]):
             reduction[0] = FusedConv2d(copy.deepcopy(reduction[0]))
-        for block in level.blocks:
-            conv1, norm1, conv2, norm2 = (getattr(block, name, None) for name in ("conv1", "norm1", "conv2", "norm2"))
-            if _can_fold(conv1, norm1) and _can_fold(conv2, norm2):
+        for block in filter(is_known, level.blocks):
+            if not hasattr(block, "mixer"):
                 _fuse_conv_block(block)
-            elif hasattr(block, "mixer"):
-                _fuse_token_block(block)
+                continue
+            if is_known(block.mixer):
+                _fuse_branch(block, "mixer", "proj" if hasattr(block.mixer, "proj") else "out_proj", "gamma_1")
+            if is_known(block.mlp):
+                _fuse_branch(block, "mlp", "fc2", "gamma_2")
     if _is_affine(norm) and type(pool) is nn.AdaptiveAvgPool2d and is_untouched(pool):
         net.norm, net.avgpool = nn.Identity(), nn.Sequential(pool, norm)  # one number for each channel instead of a map
     return fused
 
 
 def _fuse_conv_block(block: nn.Module) -> None:
+    if not (_can_fold(block.conv1, block.norm1) and _can_fold(block.conv2, block.norm2)):
+        return
     gelu = block.act1 if _is_gelu(block.act1) else None
     block.conv1 = FusedConv2d(_folded(block.conv1, block.norm1), gelu)
     block.act1 = block.act1 if gelu is None else nn.Identity()
@@ -62,20 +75,19 @@ def _fuse_conv_block(block: nn.Module) -> None:
     block.norm1, block.norm2, block.gamma = nn.Identity(), nn.Identity(), None
 
 
-def _fuse_token_block(block: nn.Module) -> None:
-    last = "proj" if hasattr(block.mixer, "proj") else "out_proj"
-    for name, part, layer in (("gamma_1", "mixer", last), ("gamma_2", "mlp", "fc2")):
-        gamma = getattr(block, name, None)
-        if gamma is not None and _is_plain(getattr(getattr(block, part, None), layer, None)):
-            setattr(block, part, copy.deepcopy(getattr(block, part)))  # another block may use it too
-            _scale(getattr(getattr(block, part), layer), gamma)
-            setattr(block, name, None)
-    mixer, mlp = block.mixer, getattr(block, "mlp", None)
-    if _is_plain(getattr(mlp, "fc1", None)) and _is_gelu(getattr(mlp, "act", None)):
-        mlp.fc1, mlp.act = FusedLinear(mlp.fc1, mlp.act), nn.Identity()
-    for parent, name in ((mixer, "in_proj"), (mixer, "qkv"), (mixer, last), (mlp, "fc2")):
-        if _is_plain(getattr(parent, name, None)):
-            setattr(parent, name, FusedLinear(getattr(parent, name)))
+def _fuse_branch(block: nn.Module, name: str, last: str, gamma_name: str) -> None:
+    """Of a block of tokens: its mixer or its MLP, whose result `last` computes and a layer scale multiplies."""
+    branch, gamma = getattr(block, name), getattr(block, gamma_name)
+    if gamma is not None and _is_plain(getattr(branch, last)):
+        branch = copy.deepcopy(branch)  # another block may use it too
+        setattr(block, name, branch)
+        _scale(getattr(branch, last), gamma)
+        setattr(block, gamma_name, None)
+    if name == "mlp" and _is_plain(branch.fc1) and _is_gelu(branch.act):
+        branch.fc1, branch.act = FusedLinear(branch.fc1, branch.act), nn.Identity()
+    for layer in ("in_proj", "qkv", last):
+        if _is_plain(getattr(branch, layer, None)):
+            setattr(branch, layer, FusedLinear(getattr(branch, layer)))
 
 
 def _is_plain(layer: nn.Module | None) -> bool:
@@ -151,7 +163,7 @@ class _Fused(nn.Module):
 
     def __init__(self, layer: nn.Module, gelu: nn.GELU | None = None):
         super().__init__()
-        self.layer, self.gelu, self.packed = layer, gelu, None
+        self.layer, self.gelu, self.packed = layer, gelu, {}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._can_fuse(x):
@@ -162,10 +174,11 @@ class _Fused(nn.Module):
         """pack(weight, *args), kept until the weights are others."""
         weight = self.layer.weight
         # what tells of other weights; tensors made in inference mode do not count their changes
-        state = (pack, weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
-        if self.packed is None or self.packed[0]() is not weight or self.packed[1] != state:
-            self.packed = (weakref.ref(weight), state, pack(weight, *args))
-        return self.packed[2]
+        state = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+        packed = self.packed.get(pack)  # once: another thread may put its own there
+        if packed is None or packed[0]() is not weight or packed[1] != state:
+            packed = self.packed[pack] = (weakref.ref(weight), state, pack(weight, *args))
+        return packed[2]
 
     def _can_fuse(self, x: Tensor) -> bool:
         if not _is_plain(self.layer) or not _onednn_takes(x, self.layer):
@@ -173,11 +186,11 @@ class _Fused(nn.Module):
         return self.gelu is None or is_untouched(self.gelu)
 
     def _apply(self, *args, **kwargs):
-        self.packed = None  # the weights move, or change their precision
+        self.packed = {}  # the weights move, or change their precision
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self):
-        return {**super().__getstate__(), "packed": None}  # that is neither copied nor saved
+        return {**super().__getstate__(), "packed": {}}  # that is neither copied nor saved
 
     def __getattr__(self, name: str):
         """`weight`, `bias`, `in_channels`, ...: what code reads from the layer that this stands for."""

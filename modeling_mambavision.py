@@ -461,12 +461,13 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
 
         The copy computes the same up to rounding, in less time; it can neither be trained nor saved. On a CPU it keeps
         its weights a second time, in the order of the fastest kernels, from the first call on; those of the first two
-        stages in float32 take four times their size.
+        stages in float32 take four times their size. It follows `load_state_dict` and in-place changes of the weights,
+        but not those through `.data`.
 
         Raises:
             ValueError: the model is in training mode, in which BatchNorm depends on the batch.
         """
-        return fused_copy(self)
+        return fused_copy(self, (PatchEmbed, ConvBlock, TokenBlock, MambaVisionMixer, Attention, Mlp))
 
     def train(self, mode: bool = True):
         if mode:
@@ -565,12 +566,13 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, pixel_values: Tensor, return_dict: bool | None = None
+        self, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool | None = None
     ) -> MambaVisionModelOutput | tuple[Tensor, list[Tensor]]:
         """
         Args:
             pixel_values: (B, in_chans, H, W) normalised images, any H, W >= 1.
             return_dict: False for the plain tuple (pooled, maps).
+            output_hidden_states: accepted for the sake of transformers' callers; the maps are always given.
 
         Raises:
             TypeError, ValueError: `pixel_values` is not such a tensor.
@@ -608,16 +610,16 @@ class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
         Raises:
             TypeError, ValueError: the inputs are not such tensors. Class indices are looked at on the CPU only.
         """
-        maps = self.model.forward_maps(pixel_values)
-        logits = self.model.head(self.model.pool(maps[-1]))
-        loss = None if labels is None else self._loss(logits, labels)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        output = ImageClassifierOutputWithNoAttention(
-            loss=loss,
-            logits=logits,
-            hidden_states=tuple(x.contiguous() for x in maps) if output_hidden_states else None,
-        )
+        hidden_states = None
+        if output_hidden_states:
+            pooled, hidden_states = self.model.forward_features(pixel_values)
+            logits, hidden_states = self.model.head(pooled), tuple(hidden_states)
+        else:
+            logits = self.model(pixel_values)
+        loss = None if labels is None else self._loss(logits, labels)
+        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -669,8 +671,9 @@ class MambaVisionBackbone(BackboneMixin, MambaVisionPreTrainedModel):
         self.num_features = config.hidden_sizes
         self.model = MambaVision(config)
         self.model.norm = nn.Identity()
-        for i in self.out_indices if config.out_norm else []:
-            self.add_module(f"outnorm{i}", nn.LayerNorm(config.hidden_sizes[i], eps=1e-5))
+        for i, name in enumerate(self.stage_names if config.out_norm else []):
+            if name in self.out_features:
+                self.add_module(f"outnorm{i}", nn.LayerNorm(config.hidden_sizes[i], eps=1e-5))
         self.post_init()
 
     def forward(
@@ -687,19 +690,22 @@ class MambaVisionBackbone(BackboneMixin, MambaVisionPreTrainedModel):
             output_attentions: accepted for the sake of transformers' callers; there are none to give.
             return_dict: False for a plain tuple (maps,) or (maps, all maps).
         """
-        hidden_states = tuple(x.contiguous() for x in self.model.forward_maps(pixel_values))
-        maps = []
-        for i, name in enumerate(self.stage_names):
-            if name in self.out_features:
-                maps.append(self._normalised(hidden_states[i], getattr(self, f"outnorm{i}", None)))
+        maps = self.model.forward_maps(pixel_values)
+        chosen = [i for i, name in enumerate(self.stage_names) if name in self.out_features]
+        feature_maps = tuple(self._normalised(maps[i], i).contiguous() for i in chosen)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        output = BackboneOutput(tuple(maps), hidden_states if output_hidden_states else None)
+        hidden_states = tuple(x.contiguous() for x in maps) if output_hidden_states else None
+        output = BackboneOutput(feature_maps, hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    @staticmethod
-    def _normalised(x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
-        return x if norm is None else norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+    def _normalised(self, x: Tensor, stage: int) -> Tensor:
+        if not self.config.out_norm:
+            return x
+        norm = getattr(self, f"outnorm{stage}", None)
+        if norm is None:  # out_features were changed since
+            raise ValueError(f"{self.stage_names[stage]} has no norm: name all out_features when the model is made")
+        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 MambaVisionModel.register_for_auto_class("AutoModel")

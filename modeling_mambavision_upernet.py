@@ -96,6 +96,9 @@ class UperNetForSemanticSegmentation(upernet.UperNetForSemanticSegmentation):
         self.auxiliary_head = _auxiliary_head(config, self.backbone.channels) if config.use_auxiliary_head else None
         self.post_init()
 
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
 
 def _auxiliary_head(config: MambaVisionUperNetConfig, channels: list[int]) -> upernet.UperNetFCNHead:
     try:

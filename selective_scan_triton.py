@@ -766,6 +766,7 @@ def _(grad_y, x, weight):
 def _save_for_scan(ctx, inputs, output):
     *tensors, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)  # of the states that are given along: nobody has them, and zeros would be made
 
 
 def _gradients_of_scan(ctx, grad_out, grad_starts):

@@ -51,7 +51,7 @@ def winograd_pays(x: Tensor, conv: nn.Conv2d, is_prepared: bool) -> bool:
     Args:
         is_prepared: the filters are transformed already.
     """
-    if x.dtype != torch.float32 or conv.groups != 1:
+    if x.dtype != torch.float32 or conv.groups != 1 or not _products_are_exact():
         return False
     if (conv.kernel_size, conv.stride, conv.padding, conv.dilation) != ((3, 3), (1, 1), (1, 1), (1, 1)):
         return False
@@ -60,6 +60,12 @@ def winograd_pays(x: Tensor, conv: nn.Conv2d, is_prepared: bool) -> bool:
     tile = PATCH**2 * C * K + TILE_COST * (C + K)
     cost = B * -(-H // TILE) * -(-W // TILE) * tile + CALL_COST + (0 if is_prepared else FILTER_COST * C * K)
     return cost < KERNEL**2 * B * H * W * C * K
+
+
+def _products_are_exact() -> bool:
+    """Whether torch may not round the factors of products in float32, whose errors the transforms would multiply."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
+    return matmul.fp32_precision in ("none", "ieee") if matmul else torch.get_float32_matmul_precision() == "highest"
 
 
 def winograd_filters(weight: Tensor) -> Tensor:
@@ -132,8 +138,8 @@ _threads = threading.local()
 
 
 def _scratch(size: int) -> Tensor:
-    """Memory of each thread, up to 4 MiB for each core that it uses, that is kept: new memory would be fetched from the
-    system at every call, page by page."""
+    """Memory of each thread that is kept, 4 MiB for each core that it uses and more for very wide maps: new memory
+    would be fetched from the system at every call, page by page."""
     if getattr(_threads, "scratch", None) is None or _threads.scratch.numel() < size:
         with torch.inference_mode(False):
             _threads.scratch = torch.empty(size, dtype=torch.float32, device="cpu")

@@ -22,7 +22,8 @@ scan_tests=50
 mamba_ssm_tests=25
 scan=75
 models=60
-compiled=90
+compiled=45
+fused_compiled=45
 training=45
 sizes=45
 
@@ -47,7 +48,7 @@ step() { # step NAME SECONDS COMMAND...: runs it within its time and what is lef
     say "no time left"
     status=124
   else
-    timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee -a "$log"
+    timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$log" # pytest then says what failed so far
     status=${PIPESTATUS[0]}
   fi
   ((status)) && failed+=("$name ($status)")
@@ -67,7 +68,8 @@ else
   building=
 fi
 
-step gpu-tests "$gpu_tests" "$python" -m pytest -o addopts= -q -m gpu tests
+mapfile -t gpu_files < <(grep -l 'mark\.gpu' tests/test_*.py)
+step gpu-tests "$gpu_tests" "$python" -m pytest -o addopts= -q -n 6 -m gpu "${gpu_files[@]}"
 step scan-tests "$scan_tests" "$python" -m pytest -o addopts= -q -m "not gpu" tests/test_scan*.py
 
 if [[ $building ]]; then
@@ -78,7 +80,7 @@ if [[ $building ]]; then
     failed+=("build ($status)")
     say "$(tail -n 20 "$output/build.log")"
   else
-    step mamba_ssm-tests "$mamba_ssm_tests" "$python" -m pytest -o addopts= -q -m gpu -k mamba_ssm tests
+    step mamba_ssm-tests "$mamba_ssm_tests" "$python" -m pytest -o addopts= -q -m gpu -k mamba_ssm "${gpu_files[@]}"
   fi
 fi
 
@@ -90,7 +92,9 @@ step scan "$scan" "$python" benchmarks/scan.py "${common[@]}" --lengths 196 49 1
 step models "$models" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference --batches 128 \
   --precisions bf16
 step compiled "$compiled" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference --batches 128 \
-  --precisions bf16 --contenders ours-compiled ours-fused-compiled published convnext_tiny convnext_tiny-compiled
+  --precisions bf16 --contenders ours-compiled published convnext_tiny
+step fused-compiled "$fused_compiled" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference \
+  --batches 128 --precisions bf16 --contenders ours-fused-compiled published convnext_tiny-compiled
 step training "$training" "$python" benchmarks/throughput.py "${models_common[@]}" --modes training \
   --precisions autocast-bf16 --rounds 7
 step sizes "$sizes" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference resolution --batches 8 1 \

@@ -109,7 +109,7 @@ def compare(args, scratch: Path):
                 group = time_mode(args, models, mode, batch)
                 results.add(group)
                 print(f"\n{show(group)}", flush=True)
-                problems += common.problems(group, own=("ours",))
+                problems += common.problems(group, own=("ours",)) + slow_scans(group, args.device)
             models.clear()
     print(f"\nwritten to {results.path}")
     return f"error: {problems[0]}" if problems else 0
@@ -384,6 +384,12 @@ def prepare(models: Models, name: str, precision: str, batch: int, training: boo
     }
     scan = getattr(model, "scan_backend", None)
     return call, entry | ({"scan": str(scan)} if scan else {})
+
+
+def slow_scans(group: dict, device: str) -> list[str]:
+    """Ours that scanned in plain torch on a GPU: what kept Triton's kernels from running makes the times worthless."""
+    slow = [name for name, entry in group["contenders"].items() if device == "cuda" and entry.get("scan") == "torch"]
+    return [f"{name} scanned in plain torch: Triton's kernels do not run here" for name in slow]
 
 
 def add_differences(calls: dict, entries: dict) -> None:

@@ -102,6 +102,16 @@ def published_style_folder(folder: Path, variant: str, seed: int = 0) -> Path:
     return folder
 
 
+def skip_where_tritons_interpreter_is_broken() -> None:
+    """Triton issue 9171: the interpreter of its releases up to 3.6 does not run under NumPy 2.5."""
+    import numpy
+    import triton
+
+    numpy_version, triton_version = (tuple(map(int, x.__version__.split(".")[:2])) for x in (numpy, triton))
+    if numpy_version >= (2, 5) and triton_version <= (3, 6):
+        pytest.skip(f"triton {triton.__version__}'s interpreter does not run under numpy {numpy.__version__}")
+
+
 def run_python(code: str, *arguments, overlay: Path | None = None, check: bool = True, **environment):
     """Run `code` in a new process: with `overlay`, packages before the installed ones; with an environment of its own,
     in a new interpreter."""

@@ -68,6 +68,13 @@ def test_out_norm_normalises_over_channels():
     expected = (x - mean) / (variance + 1e-5).sqrt()
     expected = expected * backbone.outnorm1.weight[:, None, None] + backbone.outnorm1.bias[:, None, None]
     torch.testing.assert_close(output.feature_maps[0], expected, rtol=1e-4, atol=1e-5)
+    backbone.out_features = ["stage3"]
+    with pytest.raises(ValueError, match="stage3 has no norm"):
+        backbone(image((2, 3, 64, 64)))
+    counted_back = MambaVisionBackbone(config(out_norm=True, out_indices=[0, -1])).eval()
+    assert {n.split(".")[0] for n, _ in counted_back.named_parameters()} == {"model", "outnorm0", "outnorm3"}
+    for stage_map in counted_back(image((2, 3, 64, 64))).feature_maps:
+        assert stage_map.is_contiguous() and stage_map.mean(1).abs().max() < 1e-5
 
 
 def test_every_parameter_of_the_backbone_gets_a_gradient():

@@ -140,6 +140,14 @@ def test_rejected_rounds_are_counted_and_tried_again(busy_rounds):
         assert "rejected" in common.problems(group, ("ours",))[0]
 
 
+def test_times_of_another_scan_than_tritons_on_a_gpu_are_no_result():
+    group = {"contenders": {"ours bf16": {"scan": "torch"}, "ours-fused bf16": {"scan": "triton"}, "resnet50 bf16": {}}}
+    assert throughput.slow_scans(group, "cpu") == []
+    assert throughput.slow_scans(group, "cuda") == [
+        "ours bf16 scanned in plain torch: Triton's kernels do not run here"
+    ]
+
+
 @linux
 def test_another_process_shows_in_the_share_and_ones_own_work_does_not():
     before, start = common.cpu_times(), time.process_time()
@@ -564,7 +572,8 @@ def test_the_newest_file_of_each_machine_counts(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 GPU = BENCHMARKS / "gpu.sh"
-STEPS = ["gpu-tests", "scan-tests", "mamba_ssm-tests", "scan", "models", "compiled", "training", "sizes"]
+STEPS = ["gpu-tests", "scan-tests", "mamba_ssm-tests", "scan", "models", "compiled", "fused-compiled", "training",
+         "sizes"]  # fmt: skip
 
 
 def gpu_programme(folder, python, **environment):
@@ -589,7 +598,7 @@ def test_the_gpu_programme_goes_on_after_a_failing_step(tmp_path):
     done = gpu_programme(tmp_path, python, PUBLISHED=str(tmp_path))
     log = (tmp_path / "out" / "gpu.log").read_text()
     assert re.findall(r"^== (\S+), at most", log, re.MULTILINE) == STEPS
-    assert done.returncode == 7, "as many as failed: all but the build and the scan"
+    assert done.returncode == 8, "as many as failed: all but the build and the scan"
     assert "scan-tests (3)" in done.stderr and "scan (0)" not in done.stderr
     calls = (tmp_path / "python.calls").read_text()
     assert calls.index("cuda_scan.py") < calls.index("scan.py --device") < calls.index("throughput.py")
@@ -608,7 +617,7 @@ def test_the_gpu_programme_keeps_to_its_time(tmp_path):
     text = GPU.read_text()
     seconds = {name: int(value) for name, value in re.findall(r"^(\w+)=(?:\$\{TOTAL:-)?(\d+)", text, re.MULTILINE)}
     before = max(seconds["build"], seconds["gpu_tests"] + seconds["scan_tests"])
-    steps = sum(seconds[name] for name in ("mamba_ssm_tests", "scan", "models", "compiled", "training", "sizes"))
+    steps = sum(seconds[name.replace("-", "_")] for name in STEPS[2:])
     assert before + steps <= seconds["total"] <= 540 - 10
     done = gpu_programme(tmp_path, "", TOTAL="0")
     assert done.returncode == len(STEPS) and done.stdout.count("no time left") == len(STEPS)
@@ -633,4 +642,4 @@ def test_the_gpu_programme_s_calls_are_understood(tmp_path, monkeypatch):
             if call[0] == f"benchmarks/{module.__name__}.py":
                 with pytest.raises(KeyboardInterrupt):
                     module.main(call[1:])
-    assert len(parsed) == 6
+    assert len(parsed) == 7

@@ -22,6 +22,7 @@ from repository.modeling_mambavision import (
     MambaVisionModelForImageClassification,
 )
 from safetensors import safe_open
+from timm.layers import GluMlp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from weights import filled, image
@@ -161,6 +162,19 @@ def test_outputs_unpack_index_and_convert(small_config):
     torch.testing.assert_close(pooled, model.model.norm(maps[3]).mean((2, 3)))
     torch.testing.assert_close(model.model(pixel_values), pooled)
     assert list(output.keys()) == ["pooler_output", "hidden_states", "last_hidden_state"]
+    assert len(model(pixel_values, output_hidden_states=True).hidden_states) == 4
+
+
+def test_the_classifier_calls_its_backbone(classifier):
+    """So that hooks on it, and what is put in its place, are not passed by."""
+    called = []
+    classifier.model.register_forward_hook(lambda *arguments: called.append(1))
+    pixel_values = image((2, 3, 64, 64))
+    logits = classifier(pixel_values).logits
+    assert called == [1]
+    output = classifier(pixel_values, output_hidden_states=True)
+    torch.testing.assert_close(output.logits, logits)
+    assert len(output.hidden_states) == 4 and all(x.is_contiguous() for x in output.hidden_states)
 
 
 BAD_INPUTS = {
@@ -460,11 +474,26 @@ CHANGES = {
     "other activation in the stem": lambda net: setattr(net.patch_embed.conv_down[2], "forward", torch.sigmoid),
     "other activation in a block": lambda net: setattr(net.levels[0].blocks[0].act1, "forward", torch.sigmoid),
     "largest in place of the average": lambda net: take_largest(net),
+    "gated MLP": lambda net: setattr(net.levels[2].blocks[0], "mlp", GluMlp(64, 128, act_layer=nn.GELU)),
+    "norm before the convolution": lambda net: net.levels[0].blocks.insert(1, PreActivationBlock(16)),
     "other MLP": lambda net: setattr(net.levels[2].blocks[0], "mlp", nn.Tanh()),
     "longer stem": lambda net: net.patch_embed.conv_down.append(nn.Tanh()),
     "shared convolutions": lambda net: setattr(net.levels[1].blocks[0], "conv2", net.levels[1].blocks[0].conv1),
     "shared MLPs": lambda net: setattr(net.levels[2].blocks[0], "mlp", net.levels[2].blocks[1].mlp),
 }
+
+
+class PreActivationBlock(nn.Module):
+    """With the names of the model's own layers, in another order."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(dim), nn.BatchNorm2d(dim)
+        self.conv1, self.conv2 = nn.Conv2d(dim, dim, 3, 1, 1), nn.Conv2d(dim, dim, 3, 1, 1)
+        nn.init.uniform_(self.norm1.bias)
+
+    def forward(self, x):
+        return x + self.conv2(self.norm2(self.conv1(self.norm1(x).relu()).relu()))
 
 
 def without_statistics(norm):
@@ -512,6 +541,37 @@ def test_gradients_of_single_biases(classifier):
         bias.requires_grad_()
         assert torch.autograd.grad(classifier(image((2, 3, 64, 64))).logits.sum(), bias)[0].abs().sum() > 0
         bias.requires_grad_(False)
+
+
+@torch.inference_mode()
+def test_packed_weights_are_kept_for_each_algorithm(monkeypatch):
+    """Images of two sizes in turn, of which one is for Winograd's and one is not."""
+    packed, winograd_filters = [], fusion_mambavision.winograd_filters
+    monkeypatch.setattr(
+        fusion_mambavision, "winograd_filters", lambda weight: (packed.append(weight), winograd_filters(weight))[1]
+    )
+    monkeypatch.setattr(fusion_mambavision, "winograd_pays", lambda x, conv, is_prepared: x.shape[2] > 20)
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    fused = fusion_mambavision.FusedConv2d(copy.deepcopy(conv))
+    for side in (32, 16, 32, 16):
+        x = torch.randn(2, 8, side, side).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(fused(x), conv(x), rtol=1e-4, atol=1e-5)
+    assert len(packed) == torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+@torch.inference_mode()
+def test_copies_fused_in_inference_mode_follow_their_weights(classifier):
+    pixel_values = image((2, 3, 64, 64))
+    fused = classifier.fuse()
+    fused(pixel_values)
+    state = {
+        name: tensor * 1.5 if tensor.is_floating_point() else tensor for name, tensor in fused.state_dict().items()
+    }
+    again = classifier.fuse()
+    for model in (fused, again):  # the latter has packed nothing yet
+        model.load_state_dict(state)
+    torch.testing.assert_close(fused(pixel_values).logits, again(pixel_values).logits)
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")

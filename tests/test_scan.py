@@ -252,3 +252,11 @@ def test_backend_is_chosen_by_name_or_by_environment(monkeypatch):
     monkeypatch.setenv("MAMBAVISION_SCAN", "fast")
     with pytest.raises(ValueError, match="backend='fast'"):
         selective_scan(*inputs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_alone(form):
+    """On a device that has no autocast."""
+    shapes = [(2, 9, 6), (2, 9, 6), (6, 8), (2, 9, 8), (2, 9, 8), (6,), (6,)]
+    y = FORMS[form](*(torch.empty(shape, device="meta") for shape in shapes))
+    assert y.shape == (2, 9, 6) and y.device.type == "meta"

@@ -1,5 +1,7 @@
 """The choice between the scan's backends, and mamba_ssm's, with stand-ins for what this machine need not have."""
 
+import copy
+import importlib.util
 import logging
 import sys
 import types
@@ -7,9 +9,9 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_python
+from conftest import run_python, skip_where_tritons_interpreter_is_broken
 from repository import selective_scan as scan_module
-from repository.modeling_mambavision import MambaVisionMixer, MambaVisionModel
+from repository.modeling_mambavision import MambaVisionMixer, MambaVisionModel, MambaVisionModelForImageClassification
 from repository.selective_scan import (
     backend_on,
     choose_backend,
@@ -78,6 +80,7 @@ class TestChoice:
 
     def test_triton_where_it_runs(self):
         """In Triton's interpreter, which has to be switched on before triton is imported."""
+        skip_where_tritons_interpreter_is_broken()
         code = """
 import sys, types, torch
 package = types.ModuleType("repository"); package.__path__ = [sys.argv[1]]; sys.modules["repository"] = package
@@ -252,6 +255,7 @@ def test_an_altered_convolution_is_called():
 
 def test_the_mixer_on_triton():
     """The same values and gradients, with the convolutions as kernels too; in Triton's interpreter."""
+    skip_where_tritons_interpreter_is_broken()
     code = """
 import os, sys, types, torch
 package = types.ModuleType("repository"); package.__path__ = [sys.argv[1]]; sys.modules["repository"] = package
@@ -278,3 +282,88 @@ print(len(calls))
 """
     done = run_python(code, scan_module.__file__.rsplit("/", 1)[0], TRITON_INTERPRET="1")
     assert done.stdout.split() == ["2"], done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+class TestOnGpu:
+    @pytest.fixture(autouse=True)
+    def exact(self, monkeypatch):
+        """Convolutions in float32: by default they are in TensorFloat32."""
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+    @pytest.fixture
+    def models(self, small_config):
+        """The same model on the CPU and on the GPU, and images."""
+        torch.manual_seed(0)
+        model = MambaVisionModelForImageClassification(small_config).eval()
+        return model, copy.deepcopy(model).cuda(), torch.randn(3, 3, 70, 100)
+
+    @pytest.mark.parametrize("precision", ["highest", "high"])
+    def test_triton_is_chosen_whatever_torch_may_round(self, precision):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            assert scan_module._failure("triton", torch.device("cuda", 0)) is None
+            assert backend_on(torch.device("cuda")) == "triton"
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def test_a_model_gives_what_it_gives_on_a_cpu(self, models):
+        on_cpu, on_gpu, images = models
+        assert on_gpu.scan_backend == "triton"
+        labels, results = torch.tensor([0, 1, 2]), []
+        for model, device in ((on_cpu, "cpu"), (on_gpu, "cuda")):
+            output = model(images.to(device), labels=labels.to(device))
+            output.loss.backward()
+            gradients = [parameter.grad.cpu() for parameter in model.parameters()]
+            results.append([output.logits.detach().cpu(), output.loss.detach().cpu(), *gradients])
+        for expected, ours in zip(*results, strict=True):
+            assert (ours - expected).norm() <= 1e-3 * expected.norm() + 1e-6
+        with torch.inference_mode():
+            fused = on_gpu.fuse()(images.cuda()).logits.cpu()
+        assert (fused - results[0][0]).abs().max() < 1e-4
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_a_model_trains_under_autocast(self, models, dtype):
+        _, model, images = models
+        with torch.autocast("cuda", dtype):
+            logits = model(images.cuda()).logits
+        assert (logits.float() - model(images.cuda()).logits).norm() < 0.1 * logits.float().norm()
+        logits.float().square().mean().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+    def test_a_model_is_captured_in_a_graph(self, models):
+        _, model, images = models
+        images = images.cuda()
+        with torch.inference_mode():
+            expected = model(images).logits
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                model(images)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = model(images).logits
+            graph.replay()
+            torch.cuda.synchronize()
+            torch.testing.assert_close(logits, expected)
+
+    @pytest.mark.skipif(importlib.util.find_spec("selective_scan_cuda") is None, reason="needs mamba_ssm's CUDA scan")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("length", [49, 196, 1024, 4096])
+    def test_mamba_ssm_gives_the_same(self, length, dtype):
+        torch.manual_seed(0)
+        u, dt, B, C = (torch.randn(2, length, width, device="cuda").to(dtype) for width in (40, 40, 8, 8))
+        A = -torch.arange(1.0, 9.0, device="cuda").repeat(40, 1)
+        D, dt_bias = torch.randn(2, 40, device="cuda")
+        tensors = [x.clone().requires_grad_() for x in (u, dt - 3, A, B, C, D, dt_bias)]
+        exact = [x.detach().double().requires_grad_() for x in tensors]
+        results = []
+        for given, backend in ((tensors, "mamba_ssm"), (tensors, "triton"), (exact, "torch")):
+            y = selective_scan(*given, backend=backend)
+            results.append([y, *torch.autograd.grad(y.square().sum(), given)])
+        for theirs, ours, expected in zip(*results, strict=True):
+            tolerance = (1e-4 if dtype == torch.float32 else 3e-2) * expected.norm()
+            assert (theirs.double() - expected).norm() < tolerance and (ours.double() - expected).norm() < tolerance

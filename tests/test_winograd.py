@@ -105,3 +105,15 @@ def test_pays_for_wide_convolutions_of_large_maps_alone():
                      dict(padding="same")):  # fmt: skip
         assert not pays(160, 160, 8, 28, **settings)
     assert not pays(160, 160, 8, 28, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_that_may_be_rounded_are_left_alone(precision):
+    x, conv = torch.empty(8, 160, 28, 28), layer(160, 160)
+    assert winograd_pays(x, conv, True)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert not winograd_pays(x, conv, True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert winograd_pays(x, conv, True)
