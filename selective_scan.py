@@ -410,8 +410,9 @@ def _recur_in_chunks(decay: Tensor, h: Tensor) -> None:
     for t in range(1, size):
         h_at[t].addcmul_(decay_at[t], h_at[t - 1])
         decay_at[t].mul_(decay_at[t - 1])
+    h_in, decay_in, last = h_of.unbind(0), decay_of.unbind(0), h_at[-1].unbind(0)
     for k in range(1, chunks):
-        h_of[k].addcmul_(decay_of[k], h_of[k - 1, -1])
+        h_in[k].addcmul_(decay_in[k], last[k - 1])
     for t in range(whole, steps):
         h[t + 1].addcmul_(decay[t], h[t])
 
@@ -465,10 +466,12 @@ def _torch_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
 def _save_for_backward(ctx, inputs, output):
     *tensors, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # of the states that are given along: nobody has them, and zeros would be made
+    ctx.set_materialize_grads(False)  # or zeros would be made for the states, which nobody takes from here
 
 
 def _backward(ctx, grad_y, grad_starts):
+    if grad_y is None:
+        return (None,) * 8
     return *_blocked_scan_backward(grad_y, *ctx.saved_tensors), None
 
 

@@ -766,10 +766,12 @@ def _(grad_y, x, weight):
 def _save_for_scan(ctx, inputs, output):
     *tensors, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)  # of the states that are given along: nobody has them, and zeros would be made
+    ctx.set_materialize_grads(False)  # or zeros would be made for the states, which nobody takes from here
 
 
 def _gradients_of_scan(ctx, grad_out, grad_starts):
+    if grad_out is None:
+        return (None,) * 10
     u, dt, A, B, C, D, dt_bias, z, weight, starts = ctx.saved_tensors
     channels, states = A.shape
     grad_y = grad_out[:, :, :channels]

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Turn results files into the README's tables, between its two marks, and into a plot of speed against accuracy.
+"""Turn results files into tables, between two marks in Markdown files, and into a plot of speed against accuracy.
 
-Without arguments: of each machine in benchmarks/results the newest file. Where a file holds a group twice, the later
-one counts. Runs with --quick count for nothing.
+benchmarks/README.md gets all of them; README.md those of whole models, of the CPU and the GPU that were measured last.
+Without arguments: of each machine in benchmarks/results the newest file. Where a file holds a group twice, the later one
+counts. Runs with --quick count for nothing.
 """
 
 import json
@@ -27,21 +28,27 @@ def main(arguments=None):
     parser = common.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="*", metavar="RESULTS", help="(default: each machine's newest)")
     parser.add_argument("--readme", type=Path, default=common.ROOT / "README.md", help="(default: README.md)")
+    parser.add_argument("--report", type=Path, default=common.ROOT / "benchmarks" / "README.md", help="for all tables"
+                        " (default: benchmarks/README.md)")  # fmt: skip
     parser.add_argument("--plot", type=Path, default=common.RESULTS / "throughput.svg", help="SVG file (default:"
                         " benchmarks/results/throughput.svg)")  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a file is not up to date")
     args = parser.parse_args(arguments)
 
     paths = args.results or newest(common.RESULTS)
     if not paths:
         raise ValueError(f"{common.RESULTS} holds no results; run scan.py and throughput.py first")
     machines = [load(path) for path in paths]
-    old = args.readme.read_text()
-    new = replace_between_marks(old, markdown(machines, args.plot, args.readme), args.readme)
+    texts = {
+        path: replace_between_marks(path.read_text(), content, path)
+        for path, content in ((args.readme, summary(machines, args.plot, args.readme)), (args.report, report(machines)))
+    }
     if args.check:
-        return "error: the README's tables differ from the results; run benchmarks/table.py" if new != old else 0
+        old = [str(path) for path, text in texts.items() if path.read_text() != text]
+        return f"error: the tables of {old[0]} differ from the results; run benchmarks/table.py" if old else 0
     plot(machines, args.plot)
-    common.write_whole(args.readme, new)
+    for path, text in texts.items():
+        common.write_whole(path, text)
     return 0
 
 
@@ -97,13 +104,26 @@ def replace_between_marks(text: str, content: str, path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def markdown(machines: list[dict], plot_path: Path, readme: Path) -> str:
+def report(machines: list[dict]) -> str:
     parts = []
     for machine in machines:
-        parts += [caption(machine), inference_table(machine), training_table(machine)]
+        parts += [f"## {machine['machine']['name']}", provenance(machine), inference_table(machine)]
+        parts.append(training_table(machine))
         parts += [scan_table(machine, mode) for mode in ("forward", "training")]
         parts.append(resolution_table(machine))
-    if any(select(machine, "throughput", "inference") for machine in machines):
+    return "\n\n".join(part for part in parts if part)
+
+
+def summary(machines: list[dict], plot_path: Path, readme: Path) -> str:
+    """Whole models on the CPU and on the GPU of the latest dates, and the plot of all machines."""
+    latest = {}
+    for machine in sorted(machines, key=lambda machine: machine["groups"][-1]["run"]["date"]):
+        if select(machine, "throughput", "inference"):
+            latest["gpu" in machine["machine"]] = machine
+    parts = []
+    for machine in latest.values():
+        parts += [f"On {machine['machine']['name']}:", inference_table(machine), training_table(machine)]
+    if latest:
         path = plot_path.resolve()
         if path.is_relative_to(readme.resolve().parent):
             path = path.relative_to(readme.resolve().parent)
@@ -111,7 +131,7 @@ def markdown(machines: list[dict], plot_path: Path, readme: Path) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def caption(machine: dict) -> str:
+def provenance(machine: dict) -> str:
     runs = [group["run"] for group in machine["groups"]]
     rounds = [group["rounds"] for group in machine["groups"]]
     accepted, rejected = (sum(x[name] for x in rounds) for name in ("accepted", "rejected"))
@@ -120,7 +140,7 @@ def caption(machine: dict) -> str:
     versions = {name: version for run in runs for name, version in run["versions"].items()}
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"**{machine['machine']['name']}**, {runs[-1]['date'][:10]}, commit {' '.join(commits) or 'unknown'}; {listed}."
+        f"{runs[-1]['date'][:10]}, commit {' '.join(commits) or 'unknown'}; {listed}."
         f" Medians of interleaved rounds, {accepted} in all, {rejected} rejected."
     )
 

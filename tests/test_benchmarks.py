@@ -489,14 +489,16 @@ def example_results():
 @pytest.fixture
 def example(tmp_path):
     (tmp_path / "example-2026-01-02.json").write_text(json.dumps(example_results()))
-    (tmp_path / "README.md").write_text(f"before\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n")
+    for name in ("README.md", "report.md"):
+        (tmp_path / name).write_text(f"before\n\n{table.BEGIN}\nold\n{table.END}\n\nafter\n")
     return tmp_path
 
 
 @pytest.fixture
 def make_table(example, call):
     """Runs table.py on the example; the error it ended with."""
-    arguments = [*example.glob("*.json"), "--readme", example / "README.md", "--plot", example / "plot.svg"]
+    arguments = [*example.glob("*.json"), "--readme", example / "README.md", "--report", example / "report.md",
+                 "--plot", example / "plot.svg"]  # fmt: skip
     return partial(call, table, *arguments)
 
 
@@ -510,24 +512,40 @@ def cell(text, row, column):
     raise AssertionError(f"no cell {row}, {column} in\n{text}")
 
 
-def test_results_become_the_readme_s_tables(example, make_table):
+def test_results_become_tables(example, make_table):
     assert not make_table()
-    text = (example / "README.md").read_text()
-    assert text.startswith(f"before\n\n{table.BEGIN}\n") and text.endswith(f"\n{table.END}\n\nafter\n")
-    assert "old" not in text and "99.9" not in text, "neither what stood there, nor earlier groups, nor quick runs"
-    assert "**Example, 2 cores**, 2026-01-02, commit `0123456`; torch 2.15.0" in text
-    assert "28 in all, 8 rejected" in text
-    assert cell(text, "ours, T-1K", "fp32, batch 8") == "12.5 (70 %) ×1.25"
-    assert cell(text, "ours-fused, T-1K", "fp32, batch 8") == "15.5 (70 %)"
-    assert cell(text, "published, T-1K", "bf16, batch 8") == "did not run"
-    assert cell(text, "convnext_tiny", "fp32, batch 8") == "9.50 (70 %)"
-    assert "3.21, 1.50 GB" in text
-    assert cell(text, "T-1K, fp32, batch 1", "896 px") == "0.77 (1.11)"
-    assert cell(text, "torch", "8 × 196 × 160 fp32") == "4.44 ms, 5.55 MB ×5.01"
-    assert "](plot.svg)" in text
+    readme, report = ((example / name).read_text() for name in ("README.md", "report.md"))
+    for text in (readme, report):
+        assert text.startswith(f"before\n\n{table.BEGIN}\n") and text.endswith(f"\n{table.END}\n\nafter\n")
+        assert "old" not in text and "99.9" not in text, "neither what stood there, nor earlier groups, nor quick runs"
+        assert cell(text, "ours, T-1K", "fp32, batch 8") == "12.5 (70 %) ×1.25"
+        assert cell(text, "ours-fused, T-1K", "fp32, batch 8") == "15.5 (70 %)"
+        assert cell(text, "published, T-1K", "bf16, batch 8") == "did not run"
+        assert cell(text, "convnext_tiny", "fp32, batch 8") == "9.50 (70 %)"
+        assert "3.21, 1.50 GB" in text
+    assert "On Example, 2 cores:" in readme and "](plot.svg)" in readme and "8 × 196 × 160" not in readme
+    assert "## Example, 2 cores\n\n2026-01-02, commit `0123456`; torch 2.15.0" in report
+    assert "28 in all, 8 rejected" in report
+    assert cell(report, "T-1K, fp32, batch 1", "896 px") == "0.77 (1.11)"
+    assert cell(report, "torch", "8 × 196 × 160 fp32") == "4.44 ms, 5.55 MB ×5.01"
     assert not make_table("--check")
     assert not make_table()
-    assert (example / "README.md").read_text() == text
+    assert [(example / name).read_text() for name in ("README.md", "report.md")] == [readme, report]
+
+
+def test_the_readme_shows_the_machines_that_were_measured_last(example, make_table):
+    for name, day, gpu in (("Old, 2 cores", "01", {}), ("Some GPU", "01", {"gpu": "Some GPU"}), ("New", "03", {})):
+        content = example_results()
+        content["machine"] = {"name": name, **gpu}
+        for run in content["runs"]:
+            run["date"] = f"2026-01-{day}T03:04:05+00:00"
+        (example / f"{name[:3].lower()}-2026-01-{day}.json").write_text(json.dumps(content))
+    assert not table.main([*map(str, example.glob("*.json")), "--readme", str(example / "README.md"),
+                           "--report", str(example / "report.md"), "--plot", str(example / "plot.svg")])  # fmt: skip
+    machines = re.findall(r"^On (.*):$", (example / "README.md").read_text(), re.MULTILINE)
+    assert sorted(machines) == ["New", "Some GPU"]
+    machines = re.findall(r"^## (.*)$", (example / "report.md").read_text(), re.MULTILINE)
+    assert sorted(machines) == ["Example, 2 cores", "New", "Old, 2 cores", "Some GPU"]
 
 
 def test_the_plot_shows_each_model_at_its_fastest(example, make_table):
@@ -544,7 +562,7 @@ def test_the_plot_shows_each_model_at_its_fastest(example, make_table):
 
 
 def test_check_finds_a_readme_that_is_out_of_date(example, make_table):
-    assert make_table("--check").startswith("error: ")
+    assert make_table("--check").startswith("error: the tables of ")
     assert "\nold\n" in (example / "README.md").read_text() and not (example / "plot.svg").exists()
 
 
