@@ -61,6 +61,8 @@ def main(arguments=None):
     recipe = recipes.read(args.recipe or (earlier if args.resume and earlier.exists() else None), changes)
     if args.model:
         recipe["base_model"] = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    elif args.resume and earlier.exists():
+        recipe["base_model"] = recipes.read(earlier, [])["base_model"]
     train, validation = training_data(args.data, recipe["validation"], recipe["seed"])
 
     import torch

@@ -220,7 +220,8 @@ def test_training_in_pieces_of_time(fashion, tmp_path, command, capsys):
     recipe = recipe_file(tmp_path, model=None, augmentation={})
     command(tmp_path / "more", "--data", fashion, "--recipe", recipe, "--set", "training.max_steps=2",
             "--model", tmp_path / "pieces", "--max-minutes", "1e-9")  # fmt: skip
-    command(tmp_path / "more", "--data", fashion, "--resume")  # with the same model, whose shapes the default's are not
+    command(tmp_path / "more", "--data", fashion, "--resume", "--recipe", recipe, "--set", "training.max_steps=2")
+    # from the same model, whose shapes are not the default's
     assert load_file(tmp_path / "more" / "model.safetensors").keys() == first.keys()
 
 
