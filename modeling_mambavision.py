@@ -148,7 +148,7 @@ class MambaVisionMixer(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         half = dim // 2
-        self.d_inner, self.d_state, self.dt_rank = dim, STATES, math.ceil(dim / 16)
+        self.d_model, self.d_inner, self.d_state, self.d_conv, self.dt_rank = dim, dim, STATES, 3, math.ceil(dim / 16)
         self.in_proj = nn.Linear(dim, dim, bias=False)
         self.conv1d_x = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
         self.conv1d_z = nn.Conv1d(half, half, 3, padding=1, groups=half, bias=False)
@@ -197,6 +197,9 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+        # what code written for timm's and the published attention reads and calls, such as maps of the attention
+        self.scale = self.head_dim**-0.5
+        self.q_norm, self.k_norm, self.attn_drop, self.proj_drop = (nn.Identity() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1))
@@ -300,6 +303,9 @@ class TokenStage(nn.Module):
         x = x.reshape(B * rows * columns, side * side, C)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
+                if torch.is_grad_enabled() and not x.requires_grad:
+                    # behind a frozen stem torch's older form, transformers 4's default, sees nothing to differentiate
+                    x = x.detach().requires_grad_(any(p.requires_grad for p in block.parameters()))
                 x = self._gradient_checkpointing_func(block.__call__, x)
             else:
                 x = block(x)
@@ -391,6 +397,7 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     # Loading in half precision leaves the recurrence's own parameters exact; its arithmetic is float32 in any case.
     _keep_in_fp32_modules = ["A_log", "D"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
+    all_tied_weights_keys = {}  # none; some programs replace the base class's, for models older than transformers 5
     is_fused = False  # True for what `fuse` gives
 
     def __init__(self, config: MambaVisionConfig, *args, **kwargs):

@@ -513,10 +513,14 @@ def _scan_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     for t in range(1, size):
         h.append(decay[:, :, t] * h[-1] + inflow[:, :, t])
         a.append(decay[:, :, t] * a[-1])
-    carry = [torch.zeros_like(h[0][:, 0])]  # state that each chunk starts with
-    for k in range(chunks - 1):
-        carry.append(a[-1][:, k] * carry[-1] + h[-1][:, k])
-    states = torch.stack(h, 2) + torch.stack(a, 2) * torch.stack(carry, 1).unsqueeze(2)
+    states = torch.stack(h, 2)
+    if chunks > 1:
+        starts = [h[-1][:, 0]]  # state that each chunk but the first starts with
+        for k in range(1, chunks - 1):
+            starts.append(a[-1][:, k] * starts[-1] + h[-1][:, k])
+        # zeros for the first, padded: as a tensor of their own, torch's older exporter would fix their batch
+        starts = F.pad(torch.stack(starts, 1), (0, 0, 0, 0, 1, 0))
+        states = states + torch.stack(a, 2) * starts.unsqueeze(2)
     y = torch.matmul(chunked(C.to(dtype)).unsqueeze(-2), states).squeeze(-2).flatten(1, 2)[:, :length]
     return (y + D.to(dtype) * x).to(u.dtype)
 

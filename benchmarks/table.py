@@ -2,8 +2,8 @@
 """Turn results files into tables, between two marks in Markdown files, and into a plot of speed against accuracy.
 
 benchmarks/README.md gets all of them; README.md those of whole models, of the CPU and the GPU that were measured last.
-Without arguments: of each machine in benchmarks/results the newest file. Where a file holds a group twice, the later one
-counts. Runs with --quick count for nothing.
+Without arguments: of each machine in benchmarks/results the newest file. Where a file holds a group twice, the later
+one counts. Runs with --quick count for nothing.
 """
 
 import json

@@ -43,7 +43,8 @@ def run(main) -> None:
     try:
         main()
     except ModuleNotFoundError as error:
-        package = {"sklearn": "scikit-learn"}.get(error.name, error.name)
+        package = (error.name or "").partition(".")[0]
+        package = {"sklearn": "scikit-learn"}.get(package, package)
         sys.exit(f"error: this needs the package {package}: pip install {package}" if package else f"error: {error}")
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at the end fails again

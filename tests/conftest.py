@@ -14,13 +14,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 CACHE = ROOT / ".cache"
 
-# Before transformers is imported: no network, and a cache of remote code that no other run has written to.
+# Before transformers is imported: no network, none of the user's settings, and a cache of remote code that no other run
+# has written to.
+for name in ("HF_MODULES_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN",
+             "MAMBAVISION_SCAN"):  # fmt: skip
+    os.environ.pop(name, None)
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="mambavision-tests-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "0"
 # The test processes share the processors.
 processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors // processes)))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -105,8 +110,8 @@ def published_style_folder(folder: Path, variant: str, seed: int = 0) -> Path:
 def skip_where_tritons_interpreter_is_broken() -> None:
     """Triton issue 9171: the interpreter of its releases up to 3.6 does not run under NumPy 2.5."""
     import numpy
-    import triton
 
+    triton = pytest.importorskip("triton", reason="torch comes without triton on this platform")
     numpy_version, triton_version = (tuple(map(int, x.__version__.split(".")[:2])) for x in (numpy, triton))
     if numpy_version >= (2, 5) and triton_version <= (3, 6):
         pytest.skip(f"triton {triton.__version__}'s interpreter does not run under numpy {numpy.__version__}")
@@ -130,11 +135,12 @@ def install(name: str, *requirements: str) -> Path:
     target = CACHE / name
     CACHE.mkdir(exist_ok=True)
     with FileLock(CACHE / f"{name}.lock"):  # the tests run in several processes
-        if not (target / "complete").exists():
+        complete, python = target / "complete", sys.implementation.cache_tag  # whose compiled modules these are
+        if not complete.exists() or complete.read_text() != python:
             shutil.rmtree(target, ignore_errors=True)
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", target, *requirements]
             subprocess.run(command, check=True, timeout=600)
-            (target / "complete").touch()
+            complete.write_text(python)
     return target
 
 
@@ -158,12 +164,18 @@ def small_config() -> MambaVisionConfig:
 
 
 @pytest.fixture
-def small_folder(tmp_path) -> Path:
-    """A small model with filled weights, saved by transformers, in a folder that holds nothing else."""
+def classifier(small_config):
+    """A small model with filled weights."""
     from repository.modeling_mambavision import MambaVisionModelForImageClassification
 
     torch.manual_seed(0)
-    model = MambaVisionModelForImageClassification(MambaVisionConfig(**SMALL))
+    model = MambaVisionModelForImageClassification(small_config)
     model.load_state_dict(filled({name: t.shape for name, t in model.state_dict().items()}))
-    model.save_pretrained(tmp_path / "small")
+    return model.eval()
+
+
+@pytest.fixture
+def small_folder(classifier, tmp_path) -> Path:
+    """A small model with filled weights, saved by transformers, in a folder that holds nothing else."""
+    classifier.save_pretrained(tmp_path / "small")
     return tmp_path / "small"

@@ -56,6 +56,20 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+def test_several_labels_for_an_image(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    (line,) = classify(IMAGES / "bag.png", "--model", folder, "--json", "--top-k", 10).stdout.splitlines()
+    scores = {p["label"]: p["score"] for p in json.loads(line)["predictions"]}
+    single = expected_scores(IMAGES / "bag.png")
+    # sigmoid and softmax rank alike, and odds of the former are in the ratios of the latter
+    assert scores["Bag"] == max(scores.values()) > 0.5
+    for label in ("Shirt", "Sneaker"):
+        ratio = scores[label] / (1 - scores[label]) / (scores["Bag"] / (1 - scores["Bag"]))
+        assert ratio == pytest.approx(single[label] / single["Bag"], rel=0.2)
+
+
 def test_names_of_files_that_the_terminal_cannot_write(tmp_path):
     file = tmp_path / os.fsdecode(b"caf\xe9.png")  # Latin-1, as old archives have it
     shutil.copy(IMAGES / "bag.png", file)

@@ -37,7 +37,7 @@ from checkpoints import (
     small_weights,
     training_state,
 )
-from conftest import ROOT, SHAPES, run_python
+from conftest import FIXTURES, ROOT, SHAPES, run_python
 from huggingface_hub import ModelCard
 from PIL import Image
 from repository import convert_checkpoint
@@ -568,8 +568,9 @@ def test_published_data_are_complete():
     """What the cards say and what is recognised covers all that is published, and nothing else."""
     published = plan_module.PUBLISHED["classification"]
     assert published.keys() == VARIANTS.keys()
+    recorded = json.loads((FIXTURES / "variants.json").read_text())
     for name in SHAPES:
-        assert published[name]["checkpoint_file"].endswith(".pth.tar") and published[name]["top1"] > 80
+        assert published[name] == {"checkpoint_file": recorded[name]["checkpoint_file"], **recorded[name]["published"]}
     assert len(plan_module.DENSE) == 7 and all(model["backbone"] in VARIANTS for model in plan_module.DENSE.values())
 
 
@@ -663,10 +664,6 @@ def test_a_pickle_runs_no_code(tmp_path, where, legacy):
     raw.write_bytes(pickle.dumps(Runs(os.system, f"touch {marker}")))
     assert_fails_and_leaves_nothing(tmp_path / "out", ["raw.pth"], raw, tmp_path / "out")
     assert not marker.exists()
-
-
-def _bytes_of(checkpoint: Path, part: slice) -> bytes:
-    return checkpoint.read_bytes()[part]
 
 
 def test_torch_loads_afterwards_what_it_loaded_before(checkpoint, tmp_path):
@@ -1029,9 +1026,6 @@ def test_targets_that_cannot_be_written(checkpoint, tmp_path):
     assert_fails_and_leaves_nothing(tmp_path / "x", ["file"], checkpoint, tmp_path / "file" / "out")
     assert_error(convert(checkpoint, "/proc/out"), "/proc")
     assert_error(convert(checkpoint, tmp_path / ("x" * 300)), "name too long")
-    if os.geteuid() != 0:
-        (tmp_path / "closed").mkdir(mode=0o500)
-        assert_error(convert(checkpoint, tmp_path / "closed" / "out"), "closed")
 
 
 def test_missing_parents_are_made_and_unmade(checkpoint, tmp_path):

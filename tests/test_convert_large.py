@@ -1,6 +1,5 @@
 """The largest published model, of 740 M parameters: converted in bounded memory, to the published numbers."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -52,4 +51,3 @@ def test_the_largest_model(published, tmp_path, capsys):
     actual = load_file(tmp_path / "second" / "outputs.safetensors")
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=0, atol=1e-4 * value.std().item(), msg=name)
-    shutil.rmtree(tmp_path)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FIXTURES, ROOT, SMALL
+from conftest import FIXTURES, ROOT, SMALL, run_python
 from PIL import Image
 from processes import run_forked
 from repository.modeling_mambavision import MambaVisionModelForImageClassification
@@ -59,7 +59,13 @@ RECIPE = {
     "label_smoothing": 0.1,
     "ema": 0.9,
     "layer_decay": 0.8,
-    "training": {"max_steps": 13, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "logging_steps": 1},
+    "training": {
+        "max_steps": 13,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "use_cpu": True,
+    },
 }
 
 
@@ -109,7 +115,7 @@ def start(*arguments, launcher=(sys.executable,)) -> subprocess.Popen:
     command = [str(part) for part in (*launcher, EXAMPLES / "finetune.py", *arguments)]
     return subprocess.Popen(
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -243,7 +249,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path, command, capfd):
     # on a machine without GPUs too, --multi_gpu is how accelerate is asked for several processes
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-                "--main_process_port", str(random.randint(20000, 40000))]  # fmt: skip
+                "--main_process_port", "0"]  # fmt: skip
     half = ["--set", "training.per_device_train_batch_size=4"]
     command(tmp_path / "one", *arguments)
     errors = [capfd.readouterr().err, wait(start(tmp_path / "two", *arguments, *half, launcher=launcher))]
@@ -656,6 +662,30 @@ def test_new_models_by_variant_and_loaded_ones_with_a_fitting_head(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 tensors of its weights, the first is model.levels.1.blocks.0.conv1"):
         finetune.make_model(str(tmp_path), ["a", "b"], complete)
+
+
+WITHOUT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+for name in ("tensorboard", "peft", "datasets", "matplotlib", "sklearn"):
+    for module in [module for module in sys.modules if module.startswith(name + ".")]:
+        del sys.modules[module]
+    sys.modules[name] = None
+import command, digits, finetune
+finetune.main(sys.argv[2:])
+sys.argv[1:] = ["anywhere"]
+command.run(digits.main)
+"""
+
+
+def test_without_the_packages_that_it_can_do_without(fashion, tmp_path):
+    recipe = recipe_file(tmp_path, training={**RECIPE["training"], "max_steps": 2})
+    arguments = [tmp_path / "out", "--data", fashion, "--recipe", recipe]
+    done = run_python(WITHOUT, EXAMPLES, *arguments, check=False, OMP_NUM_THREADS="1")
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "curves.png").exists()
+    assert "curves.png is not drawn: that needs matplotlib" in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: this needs the package scikit-learn: pip install scikit-learn"
+    assert done.returncode == 1
 
 
 def test_data_with_splits_and_data_of_the_datasets_library(tmp_path):

@@ -49,14 +49,6 @@ def backbone(variant, weights):
     return model.eval()
 
 
-@pytest.fixture
-def classifier(small_config):
-    torch.manual_seed(0)
-    model = MambaVisionModelForImageClassification(small_config)
-    model.load_state_dict(filled({name: t.shape for name, t in model.state_dict().items()}))
-    return model.eval()
-
-
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
 def test_equals_recorded_outputs_of_the_published_package(case):
@@ -289,6 +281,20 @@ def test_gradient_checkpointing_changes_nothing(classifier, use_reentrant):
         statistics = {name: b.clone() for name, b in classifier.named_buffers()}
         states.append((loss.detach(), gradients, statistics))
     torch.testing.assert_close(states[1], states[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_behind_a_frozen_front(classifier, use_reentrant):
+    for module in (classifier.model.patch_embed, *classifier.model.levels[:2]):
+        module.requires_grad_(False)
+    gradients = []
+    for checkpointing in (False, True):
+        classifier.zero_grad()
+        if checkpointing:
+            classifier.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        classifier.train()(image((2, 3, 64, 64))).logits.sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in classifier.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("name", ["conv1d_x", "conv1d_z"])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import SMALL, copy_code
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from weights import filled, image
 
 
@@ -674,7 +674,6 @@ def test_configuration_read(models):
 
 def test_patches_for_the_published_code(folder, models, monkeypatch):
     """Loaders that patch around the published code: `torch.linspace`, classes' `__init__`, a mamba_ssm that fails."""
-    from transformers import PreTrainedModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     def fail(*args, **kwargs):
@@ -700,6 +699,33 @@ def test_patches_for_the_published_code(folder, models, monkeypatch):
             monkeypatch.setattr(cls, "__init__", patched)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     torch.testing.assert_close(list(model(X)), list(models[1](X)), rtol=1e-4, atol=1e-4)
+
+
+def test_shim_of_tied_weights(folder, models, monkeypatch):
+    """For remote code without `post_init`: a property on the base class, which cannot be assigned to."""
+    monkeypatch.setattr(PreTrainedModel, "all_tied_weights_keys", property(lambda self: {}), raising=False)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    torch.testing.assert_close(list(model(X)), list(models[1](X)), rtol=1e-4, atol=1e-4)
+
+
+def test_maps_of_the_attention(models):
+    """By hand, from a hook that keeps the input of the last attention."""
+
+    def program(model):
+        kept = {}
+        module = model.model.levels[3].blocks[-1].mixer
+        module.register_forward_hook(lambda module, inputs, output: kept.update(x=inputs[0]))
+        with torch.no_grad():
+            model(X)
+            x = kept["x"]
+            B, N, C = x.shape
+            qkv = module.qkv(x).reshape(B, N, 3, module.num_heads, C // module.num_heads).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+            q, k = module.q_norm(q), module.k_norm(k)
+            attention = module.attn_drop(((q * module.scale) @ k.transpose(-2, -1)).softmax(dim=-1))
+            return attention, module.proj_drop(module.proj((attention @ v).transpose(1, 2).reshape(B, N, C)))
+
+    agree(program, models)
 
 
 def test_state_dict_saved_and_loaded(folder, classifiers, tmp_path):
@@ -949,20 +975,22 @@ def test_traced(classifiers):
     torch.testing.assert_close(traced(X.flip(3)), classifiers[1](X.flip(3))["logits"], rtol=1e-4, atol=1e-4)
 
 
-def test_onnx(classifiers, tmp_path):
-    """ONNX by `torch.onnx.export` of the model itself, with named axes, compared in ONNX Runtime."""
+@pytest.mark.parametrize("dynamo", [False, True])
+def test_onnx(classifiers, tmp_path, dynamo):
+    """ONNX by `torch.onnx.export`, with named axes, by its older and its newer way, compared in ONNX Runtime."""
     import onnxruntime
 
     path = tmp_path / "model.onnx"
+    axes = {"dynamic_shapes": ({0: "batch"},)} if dynamo else {"dynamic_axes": {"input": [0]}, "opset_version": 17}
     torch.onnx.export(
-        classifiers[0],
+        classifiers[0] if dynamo else Logits(classifiers[0]).eval(),
         (X,),
         path,
         input_names=["input"],
         output_names=["logits"],
-        dynamic_shapes=({0: "batch"},),
-        dynamo=True,
+        dynamo=dynamo,
         verbose=False,
+        **axes,
     )
     x = image((3, 3, 64, 96), seed=1)
     (logits,) = onnxruntime.InferenceSession(path).run(["logits"], {"input": x.numpy()})

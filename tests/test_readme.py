@@ -13,6 +13,7 @@ from conftest import FIXTURES, ROOT, published_style_folder, run_python
 from huggingface_hub import ModelCard
 from processes import run_forked
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
+from repository.selective_scan import backend_on
 
 
 TEXT = (ROOT / "README.md").read_text()
@@ -116,7 +117,7 @@ def test_python_runs_on_this_folder(tmp_path):
         *(f"Stage {i + 1}: {shape}" for i, shape in enumerate(shapes)),
     ]
     assert backbone == "(1, 150, 128, 128)\n"
-    assert fast == ("triton\n" if torch.cuda.is_available() else "torch\n")
+    assert fast == f"{backend_on(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}\n"
     assert training == channels == ""
 
 

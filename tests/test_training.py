@@ -5,15 +5,7 @@ import pytest
 import torch
 from repository.modeling_mambavision import MambaVisionMixer, MambaVisionModelForImageClassification
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
-from weights import filled, image
-
-
-@pytest.fixture
-def classifier(small_config):
-    torch.manual_seed(0)
-    model = MambaVisionModelForImageClassification(small_config)
-    model.load_state_dict(filled({name: t.shape for name, t in model.state_dict().items()}))
-    return model.eval()
+from weights import image
 
 
 class Stripes(torch.utils.data.Dataset):
