@@ -1,0 +1,69 @@
+"""Export: graphs for other runtimes, free in the batch and in the image's sides, with the numbers of the model."""
+
+import numpy as np
+import pytest
+import torch
+from repository.modeling_mambavision import MambaVisionModel
+from weights import filled, image
+
+
+# Windows that are whole and that are padded, on either side, one and several
+SIZES = [(1, 64, 64), (3, 70, 129), (2, 128, 33)]
+
+
+@pytest.fixture
+def features(small_config):
+    model = MambaVisionModel(small_config)
+    model.load_state_dict(filled({name: t.shape for name, t in model.state_dict().items()}))
+    return model.eval()
+
+
+def assert_same(outputs, pixel_values, model):
+    with torch.no_grad():
+        pooled, maps = model(pixel_values)
+    for ours, expected in zip(outputs, [pooled, *maps], strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours), expected, rtol=1e-3, atol=1e-4)
+
+
+def assert_exports(model, example, sizes, **settings):
+    program = torch.export.export(model, (image(example),), **settings)
+    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert operators and not any("mambavision" in name for name in operators), "standard operators alone"
+    for size in sizes:
+        pixel_values = image(size)
+        with torch.no_grad():
+            expected = model(pixel_values).logits
+        torch.testing.assert_close(program.module()(pixel_values).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_program_of_any_batch(classifier, strict):
+    shapes = ({0: torch.export.Dim("batch")},)
+    assert_exports(classifier, (2, 3, 70, 96), [(1, 3, 70, 96), (5, 3, 70, 96)], dynamic_shapes=shapes, strict=strict)
+
+
+def test_program_of_any_size_of_several_windows(classifier):
+    """Torch takes a side of one window for another case than a side of several."""
+    shapes = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
+    assert_exports(classifier, (2, 3, 160, 224), [(1, 3, 129, 140), (3, 3, 300, 129)], dynamic_shapes=shapes)
+
+
+def test_onnx_of_any_size(features, tmp_path):
+    import onnxruntime
+
+    program = torch.onnx.export(
+        features,
+        (image((2, 3, 64, 96)),),
+        input_names=["pixel_values"],
+        output_names=["pooler_output", *(f"feature_map_{i}" for i in range(4))],
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+        dynamo=True,
+        verbose=False,
+    )
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for size in SIZES:
+        pixel_values = image((size[0], 3, *size[1:]))
+        outputs = session.run(None, {"pixel_values": pixel_values.numpy()})
+        assert_same(outputs[:5], pixel_values, features)
+        assert all(np.isfinite(output).all() for output in outputs)
