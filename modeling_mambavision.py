@@ -197,14 +197,15 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        # what code written for timm's and the published attention reads and calls, such as maps of the attention
-        self.scale = self.head_dim**-0.5
-        self.q_norm, self.k_norm, self.attn_drop, self.proj_drop = (nn.Identity() for _ in range(4))
+        # nothing in the published models, but code that draws maps of the attention, or has one of its own, calls them
+        self.scale, self.q_norm, self.k_norm = self.head_dim**-0.5, nn.Identity(), nn.Identity()
+        self.proj_drop = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, C/heads)
-        return linear(_attend(q, k, v).transpose(1, 2).flatten(2), self.proj)
+        x = _attend(self.q_norm(q), self.k_norm(k), v)
+        return self.proj_drop(linear(x.transpose(1, 2).flatten(2), self.proj))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

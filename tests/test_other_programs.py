@@ -722,7 +722,7 @@ def test_maps_of_the_attention(models):
             qkv = module.qkv(x).reshape(B, N, 3, module.num_heads, C // module.num_heads).permute(2, 0, 3, 1, 4)
             q, k, v = qkv.unbind(0)
             q, k = module.q_norm(q), module.k_norm(k)
-            attention = module.attn_drop(((q * module.scale) @ k.transpose(-2, -1)).softmax(dim=-1))
+            attention = ((q * module.scale) @ k.transpose(-2, -1)).softmax(dim=-1)
             return attention, module.proj_drop(module.proj((attention @ v).transpose(1, 2).reshape(B, N, C)))
 
     agree(program, models)
