@@ -1026,6 +1026,9 @@ def test_targets_that_cannot_be_written(checkpoint, tmp_path):
     assert_fails_and_leaves_nothing(tmp_path / "x", ["file"], checkpoint, tmp_path / "file" / "out")
     assert_error(convert(checkpoint, "/proc/out"), "/proc")
     assert_error(convert(checkpoint, tmp_path / ("x" * 300)), "name too long")
+    if os.geteuid() != 0:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert_error(convert(checkpoint, tmp_path / "closed" / "out"), "closed")
 
 
 def test_missing_parents_are_made_and_unmade(checkpoint, tmp_path):

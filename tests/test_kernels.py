@@ -446,7 +446,8 @@ class TestCompiled:
             compiled = compile_for(arch, name, constants, inputs)
             registers, stack = resources(compiled, tmp_path)
             print(f"sm_{arch} {name} {flags} {inputs}: {registers} registers, {stack} bytes spilled")
-            assert stack <= 8  # Triton 3.8 puts one register of one kernel on the stack
+            # Triton 3.8 puts one register of one kernel on the stack
+            assert stack == 0 or (stack == 8 and triton.__version__.startswith("3.8."))
             assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # their order would change the last digits
 
     @pytest.mark.parametrize("integers", ["i32", "i64"])
@@ -460,7 +461,7 @@ class TestCompiled:
             len(re.findall(r"ld\.global", compile_for(90, *VARIANTS[0], "bf16", align=align).asm["ptx"]))
             for align in (2, 16)
         ]
-        assert loads[0] > 2 * loads[1]  # one load for a row of B or C instead of eight
+        assert loads[0] - loads[1] == 2 * kernels._STEPS * 7  # one load for a row of B or C instead of eight
 
     def test_double_precision_compiles(self):
         for name, constants in (VARIANTS[3], VARIANTS[5], VARIANTS[10]):

@@ -481,7 +481,7 @@ CHANGES = {
     "other activation in a block": lambda net: setattr(net.levels[0].blocks[0].act1, "forward", torch.sigmoid),
     "largest in place of the average": lambda net: take_largest(net),
     "gated MLP": lambda net: setattr(net.levels[2].blocks[0], "mlp", GluMlp(64, 128, act_layer=nn.GELU)),
-    "norm before the convolution": lambda net: net.levels[0].blocks.insert(1, PreActivationBlock(16)),
+    "norm before the convolution": lambda net: net.levels[0].blocks.insert(1, PreActivationBlock(16).eval()),
     "other MLP": lambda net: setattr(net.levels[2].blocks[0], "mlp", nn.Tanh()),
     "longer stem": lambda net: net.patch_embed.conv_down.append(nn.Tanh()),
     "shared convolutions": lambda net: setattr(net.levels[1].blocks[0], "conv2", net.levels[1].blocks[0].conv1),
