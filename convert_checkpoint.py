@@ -53,19 +53,21 @@ def convert(args: argparse.Namespace) -> str:
         ConversionError, OSError, ValueError, ImportError: what a user can get wrong; nothing is left behind.
     """
     start = time.monotonic()
-    target = Path(args.output).resolve()
     origin = Path(args.source).resolve()
-    if origin.exists() and target in (origin, *origin.parents):
-        raise ConversionError(f"{args.source} lies in {args.output}, whose place the result takes: choose another")
-    if args.push_to_hub is not None:
-        check_hub(args.push_to_hub, args.private)
+    workshop = Workshop(Path(args.output).resolve(), args.overwrite)
+    check_outside([Path(args.source)], workshop)
     if args.verify_against_official:
         import_official()
     labels = read_labels(args.labels) if args.labels else None
 
-    with Workshop(target, args.overwrite) as workshop:
+    with workshop:
         source = read_source(args.source, args.ema)
+        check_outside(source.files, workshop)
         plan = make_plan(source, args.variant, labels, args.backbone_only)
+        if args.ema:
+            plan.notes.append("took the exponential average of the weights")
+        if args.dtype:
+            plan.notes.append(f"cast all but A_log, D and the BatchNorm statistics to {args.dtype}")
         for note in plan.notes:
             print(f"note: {one_line(note)}", file=sys.stderr)
         written = write_weights(workshop.new, plan, source, FLOATS.get(args.dtype), args.max_shard_size)
@@ -89,7 +91,7 @@ def convert(args: argparse.Namespace) -> str:
             "verification": figures,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
-        write_report(workshop.new, plan, report, args.push_to_hub or target.name)
+        write_report(workshop.new, plan, report, args.push_to_hub or workshop.target.name)
         source.check_unchanged()
         total = sum(file.stat().st_size for file in workshop.new.iterdir())
         workshop.publish()
@@ -105,6 +107,18 @@ def convert(args: argparse.Namespace) -> str:
     )
 
 
+def check_outside(sources: list[Path], workshop: Workshop) -> None:
+    """
+    Raises:
+        ConversionError: a source is, maybe by a link, where the result goes or is made, and would be deleted.
+    """
+    for source in sources:
+        real = source.resolve()
+        for place in (workshop.target, workshop.path):
+            if real.exists() and place in (real, *real.parents):
+                raise ConversionError(f"{source} lies in {place}, whose place the result takes: choose another")
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     length = path.stat().st_size
@@ -115,8 +129,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_hub(repo_id: str, private: bool) -> None:
+def check_hub(repo_id: str, private: bool) -> str:
     """Before any work: will the Hub take the folder, as far as can be known?
+
+    Returns:
+        the repository's name with its owner's, which may be left out.
 
     Raises:
         ConversionError: no.
@@ -143,6 +160,7 @@ def check_hub(repo_id: str, private: bool) -> None:
         raise ConversionError(
             f"--private: {name} is there and public: make it private in its settings, or choose another name"
         )
+    return name
 
 
 def push(folder: Path, repo_id: str, private: bool) -> str:
@@ -177,7 +195,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", help="a .pth.tar, .pth or .safetensors file, a folder, or a Hub id")
     parser.add_argument("output", help="the folder to write")
     parser.add_argument("--variant", help="the published model, instead of recognising it by its tensors")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, if it is a model's folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, if it holds a model and nothing else")
     parser.add_argument("--dtype", choices=list(FLOATS), help="cast all but A_log, D and the BatchNorm statistics")
     parser.add_argument("--ema", action="store_true", help="take the exponential-average weights (state_dict_ema)")
     parser.add_argument("--labels", type=Path, help="names of the classes: a text with one on each line, or JSON")
@@ -197,7 +215,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be none in the terminal's encoding
     try:
+        if args.push_to_hub is not None:
+            args.push_to_hub = check_hub(args.push_to_hub, args.private)
         print(convert(args))
         if args.push_to_hub is not None:
             print(push(Path(args.output).resolve(), args.push_to_hub, args.private))

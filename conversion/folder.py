@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 import string
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import ConversionError, listed
-from .plan import DATA, DENSE, PUBLISHED, SEGMENTATION, Plan
+from .plan import BACKBONE, DATA, DENSE, PUBLISHED, SEGMENTATION, Plan
 from .source import Source
 
 
@@ -60,6 +61,8 @@ def write_weights(
         tensor = source.tensors[theirs]
         keep = dtype is None or not tensor.is_floating_point() or name.endswith(NEVER_CAST)
         sketch[name] = torch.empty(tensor.shape, dtype=tensor.dtype if keep else dtype, device="meta")
+    if not re.match(r"\s*0*[1-9]", max_shard_size):
+        raise ConversionError(f"--max-shard-size {max_shard_size} is no size, such as 5GB")
     try:
         split = huggingface_hub.split_torch_state_dict_into_shards(sketch, max_shard_size=max_shard_size)
     except ValueError as error:
@@ -156,11 +159,12 @@ def write_report(folder: Path, plan: Plan, report: dict, title: str) -> None:
     values = {
         "title": title,
         "variant": plan.variant,
-        "pipeline_tag": plan.task.name if plan.task.name != "backbone" else "image-feature-extraction",
+        # of a backbone none: the pipeline of features would load it as the model with pooled ones, and lack their norm
+        "pipeline_tag": "" if plan.task is BACKBONE else f"pipeline_tag: {plan.task.name}",
         "dataset": DATASETS[figures.get("dataset")],
         "base_model": f"nvidia/{figures.get('backbone', plan.variant)}",
         "published": "\n".join(f"| {text} | {figures[key]} |" for key, text in FIGURES.items() if figures.get(key)),
-        "usage": _fill(f"usage-{plan.task.name}.md", {"title": title, "edge": plan.backbone.resolution}),
+        "usage": _usage(plan, title),
         "decisions": _bullets(plan.notes) or "- Nothing had to be decided.",
         "verification": _bullets(f"{key.replace('_', ' ')}: {value}" for key, value in report["verification"].items())
         or "- Not verified.",
@@ -168,6 +172,17 @@ def write_report(folder: Path, plan: Plan, report: dict, title: str) -> None:
         "converter": report["converter"],
     }
     (folder / "README.md").write_text(_fill("model_card.md", values), encoding="utf-8")
+
+
+def _usage(plan: Plan, title: str) -> str:
+    channels = plan.backbone.in_chans
+    values = {
+        "name": json.dumps(title, ensure_ascii=False),
+        "edge": plan.backbone.resolution,
+        "channels": channels,
+        "model_class": plan.task.auto_map[plan.task.auto_class],
+    }
+    return _fill(f"usage-{plan.task.name if channels == 3 else 'other-channels'}.md", values)
 
 
 def _fill(template: str, values: dict) -> str:

@@ -107,7 +107,14 @@ def make_plan(source: Source, variant: str | None, labels: list[str] | None, bac
             source.tensors = {task.published(name): tensor for name, tensor in source.tensors.items()}
     dense = any(name.startswith("backbone.") for name in source.tensors)
     sizes = _sizes(source, "backbone." if dense else "")
+    config = source.config.get("backbone_config", source.config)
+    parts = ("dim", "in_dim", "depths")
+    of_another = isinstance(config, dict) and any(config.get(part, sizes[part]) != sizes[part] for part in parts)
+    if of_another:
+        source.config = {}
     variant, notes = _recognise(source, variant, sizes, dense)
+    if of_another:
+        notes.append("left out the config.json beside the weights: it is another model's")
     if not dense:
         if backbone_only:
             raise ConversionError(f"--backbone-only is for dense-prediction checkpoints, and {source.name} is none")
@@ -209,7 +216,12 @@ def _plan_classification(source: Source, variant: str, in_chans: int, labels, no
     fields = _label_fields(source, labels, count, usual=None)
     if fields == {"num_labels": 1000}:
         fields = {}  # ImageNet's labels come with the variant
-    config = MambaVisionConfig.from_variant(variant, in_chans=in_chans, **overrides, **fields)
+    try:
+        config = MambaVisionConfig.from_variant(variant, in_chans=in_chans, **overrides, **fields)
+    except ImportError as error:
+        raise ConversionError(
+            "the names of ImageNet's classes come from timm: pip install it, or give --labels"
+        ) from error
     processor = {**config.image_processor_settings(), "do_convert_rgb": in_chans == 3}
     return Plan(variant, CLASSIFICATION, config, processor, notes)
 

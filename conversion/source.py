@@ -3,6 +3,7 @@
 The tensors are views of memory-mapped files: what is not used is never read.
 """
 
+import contextlib
 import ctypes
 import json
 import re
@@ -13,10 +14,16 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 from .errors import ConversionError, first_sentence, listed, size
+
+
+# How files of torch.save are called, the likeliest first
+PICKLES = (".pth.tar", ".pth", ".ckpt", "pytorch_model.bin", ".bin")
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # data parallelism or averaging, torch.compile, the published class
 
 
 @dataclass
@@ -26,7 +33,7 @@ class Source:
     name: str  # as the user gave it
     files: list[Path]
     tensors: dict[str, torch.Tensor]
-    config: dict = field(default_factory=dict)  # a folder's config.json
+    config: dict = field(default_factory=dict)  # the config.json beside the files
     stamps: list[tuple] = field(default_factory=list)  # of the files, before they were read
 
     def release(self) -> None:
@@ -48,7 +55,7 @@ class Source:
 def read_source(source: str, ema: bool) -> Source:
     """
     Args:
-        source: a .pth.tar, .pth or .safetensors file, a folder with one such file or with shards, or a Hub id.
+        source: a file of safetensors or torch.save, a folder with one such file or with shards, or a Hub id.
         ema: whether to take the exponential-average weights, `state_dict_ema`.
 
     Raises:
@@ -56,7 +63,7 @@ def read_source(source: str, ema: bool) -> Source:
     """
     path = Path(source)
     if path.is_file():
-        return _read_files(source, [path], {}, ema)
+        return _read_files(source, [path], _config_beside(path), ema)
     if path.is_dir():
         return _read_folder(source, path, ema)
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
@@ -65,20 +72,23 @@ def read_source(source: str, ema: bool) -> Source:
 
 
 def _download(repo_id: str, ema: bool) -> Path:
-    """The repository's folder in the Hub's cache, with its safetensors, or else its .pth files."""
+    """The repository's folder in the Hub's cache, with its safetensors, or else its files of torch.save."""
     safetensors = ["*.safetensors", "*.safetensors.index.json"]
-    pickles = ["*.pth.tar", "*.pth"]
-    folder = Path()
+    pickles = [f"*{suffix}" for suffix in PICKLES]
     try:
         for patterns in (pickles,) if ema else (safetensors, pickles):
-            folder = Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=["config.json", *patterns]))
+            wanted = {"allow_patterns": ["config.json", *patterns], "ignore_patterns": ["*/*"]}
+            folder = Path(huggingface_hub.snapshot_download(repo_id, **wanted))
             if any(file for pattern in patterns for file in folder.glob(pattern)):
-                break
+                return folder
     except Exception as error:  # of the network, the Hub, the cache: each with its own class
-        raise ConversionError(
-            f"{repo_id} is no file or folder here, and the Hub does not give it: {first_sentence(error)}"
-        ) from error
-    return folder
+        reason = first_sentence(error)
+        if isinstance(error, GatedRepoError):
+            reason = "it is gated: accept its terms on its page there, and log in with `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "it has no such repository, or a private one: log in with `hf auth login`"
+        raise ConversionError(f"{repo_id} is no file or folder here, and the Hub does not give it: {reason}") from error
+    raise ConversionError(f"{repo_id} has no checkpoint, or only its cache was asked, as the Hub was not reached")
 
 
 def _read_folder(source: str, folder: Path, ema: bool) -> Source:
@@ -89,13 +99,26 @@ def _read_folder(source: str, folder: Path, ema: bool) -> Source:
     elif index.is_file() and not ema:
         files = _shards(index)
     else:
-        kinds = [".pth.tar", ".pth", ".ckpt"] if ema else [".safetensors", ".pth.tar", ".pth", ".ckpt", ".bin"]
-        inside = sorted(folder.iterdir())
+        kinds = PICKLES if ema else (".safetensors", *PICKLES)
+        inside = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
         files = next((found for kind in kinds if (found := [p for p in inside if p.name.lower().endswith(kind)])), [])
-        if len(files) != 1:
-            there = listed(file.name for file in files) or "none"
-            raise ConversionError(f"{source} must hold one checkpoint, and holds {there}: name the file itself")
+        if not files:
+            raise ConversionError(f"{source} holds no checkpoint: no file ends in {' or '.join(kinds)}")
+        if len(files) > 1:
+            raise ConversionError(
+                f"{source} must hold one checkpoint, and holds {listed(file.name for file in files)}: name one file,"
+                " or give their index, model.safetensors.index.json, where they are shards"
+            )
     return _read_files(source, files, config if isinstance(config, dict) else {}, ema)
+
+
+def _config_beside(path: Path) -> dict:
+    """A file's config.json, if that is one of this kind of model: it may belong to another file."""
+    with contextlib.suppress(ConversionError, OSError):
+        config = read_json(path.with_name("config.json"))
+        if isinstance(config, dict) and str(config.get("model_type")).startswith("mambavision"):
+            return config
+    return {}
 
 
 def _shards(index: Path) -> list[Path]:
@@ -113,6 +136,7 @@ def _shards(index: Path) -> list[Path]:
 def _read_files(source: str, files: list[Path], config: dict, ema: bool) -> Source:
     tensors, stamps = {}, [_stamp(path) for path in files]
     for path in files:
+        _check_start(path)
         part = _read_safetensors(path, ema) if _is_safetensors(path) else _read_pickle(path, ema)
         if twice := sorted(tensors.keys() & part.keys()):
             raise ConversionError(f"{source} holds {listed(twice)} in {path.name} and in another file")
@@ -136,11 +160,28 @@ def _stamp(path: Path) -> tuple:
 
 
 def without_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Less the names of wrappers that all of them start with: data parallelism, torch.compile, the published class."""
-    for prefix in ("module.", "_orig_mod.", "module.", "model."):
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    """Less the names of wrappers that all of them start with, and what torch's AveragedModel counts."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+    while tensors and (wrapper := next((w for w in WRAPPERS if all(n.startswith(w) for n in tensors)), None)):
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def _check_start(path: Path) -> None:
+    """
+    Raises:
+        ConversionError: the file is what is often downloaded in a checkpoint's place, or torch cannot open its name.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConversionError(f"{str(path)!a} is no name in UTF-8: rename it") from None
+    with path.open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{path} is a pointer of Git LFS, not the file itself: `git lfs pull` gets that")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise ConversionError(f"{path} is a web page, not a checkpoint: download the file itself")
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -234,7 +275,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             stored = sum(entry.file_size for entry in entries)
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or stored > path.stat().st_size:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ConversionError(f"{path} is compressed, as no checkpoint of torch.save is (TorchScript is none)")
+            if stored > path.stat().st_size:
                 raise ConversionError(
                     f"{path} unpacks to {size(stored)}, more than it holds: no checkpoint of torch.save"
                 )

@@ -3,19 +3,29 @@
 import contextlib
 import ctypes
 import errno
+import fnmatch
 import os
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 
-from .errors import ConversionError
+from .errors import ConversionError, listed
 
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
+
+# What a converted folder may hold: nothing else is ever deleted
+OWN_FILES = (
+    *("config.json", "preprocessor_config.json", "conversion.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "*_mambavision*.py", "selective_scan*.py", "winograd.py"),
+    *("README.md", "LICENSE", "requirements.txt", ".gitattributes"),
+)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, such as some of networks
 
 
 class Workshop:
@@ -75,21 +85,42 @@ class Workshop:
             self.old.rename(self.target)  # a run was killed between the two renames of `publish`
         for leftover in (self.new, self.old):
             if leftover.exists():
-                shutil.rmtree(leftover)
+                try:
+                    shutil.rmtree(leftover)
+                except OSError as error:
+                    raise ConversionError(
+                        f"{leftover} is left from an earlier run and cannot be deleted: {error.strerror}"
+                    ) from error
         self._check_target()
         self.new.mkdir()
 
     def _check_target(self) -> None:
+        try:
+            str(self.target).encode()
+        except UnicodeEncodeError:
+            raise ConversionError(f"{str(self.target)!a} is no name in UTF-8: choose another") from None
+        if os.path.ismount(self.target):
+            raise ConversionError(f"{self.target} is a mount point, which cannot be replaced: name a folder in it")
+        here = Path.cwd()
+        if self.target in (here, *here.parents):
+            raise ConversionError(
+                f"{self.target} is or holds the current folder, which cannot be replaced: name another"
+            )
         if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
             return  # an empty folder holds nothing to lose
         if not self.overwrite:
             raise ConversionError(f"{self.target} exists: choose another folder, or replace it with --overwrite")
         if not (self.target / "config.json").is_file():
             raise ConversionError(f"{self.target} is not a model's folder, and --overwrite replaces nothing else")
-        if (self.target / ".git").exists():
+        foreign = [
+            path.name
+            for path in sorted(self.target.iterdir())
+            if not path.is_file() or not any(fnmatch.fnmatch(path.name, pattern) for pattern in OWN_FILES)
+        ]
+        if foreign:
             raise ConversionError(
-                f"{self.target} is a git repository, which --overwrite would delete with its history: convert into"
-                " another folder and copy the files"
+                f"{self.target} holds what no conversion wrote and --overwrite would delete: {listed(foreign)}; choose"
+                " another folder"
             )
 
     def _lock(self) -> None:
@@ -98,18 +129,23 @@ class Workshop:
             if fcntl is None:
                 self.ours = True
                 return
-            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            lock = None
             try:
+                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.ours = os.fstat(lock).st_ino == self.path.stat().st_ino
             except FileNotFoundError:
                 pass  # the run before has just removed the workshop: make it anew
             except BlockingIOError:
                 raise ConversionError(f"another conversion to {self.target} is running") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                self.ours = True
             finally:
                 if self.ours:
                     self.lock = lock
-                else:
+                elif lock is not None:
                     os.close(lock)
 
     def _close(self, published: bool) -> None:
@@ -126,6 +162,8 @@ class Workshop:
             self.old.rename(self.target)  # an error between the two renames of `publish`
         for folder in (self.new, self.old):
             shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                print(f"note: {folder} could not be deleted", file=sys.stderr)
         with contextlib.suppress(OSError):
             self.path.rmdir()
         if self.lock is not None:

@@ -1,6 +1,7 @@
 """The converter: published formats in, repository folders out; and every way in which that can go wrong."""
 
 import argparse
+import ast
 import ctypes
 import errno
 import hashlib
@@ -349,6 +350,49 @@ def test_settings_of_a_fine_tuned_folder_are_kept(tmp_path):
     assert processor["crop_size"] == {"height": 96, "width": 96} and processor["image_mean"] == [0.1, 0.2, 0.3]
 
 
+def test_settings_beside_a_file_are_kept_if_they_are_its_own(tmp_path):
+    path = _save_file(tmp_path / "model.safetensors", small_weights())
+    settings = {"model_type": "mambavision", "window_size": [8, 8, 2, 2], "num_heads": [1, 1, 4, 8]}
+    labels = {str(i): f"kind {i}" for i in range(5)}
+
+    def config_with(name, **settings):
+        (tmp_path / "config.json").write_text(json.dumps({"id2label": labels, **settings}))
+        run = converted(path, tmp_path / name, "--no-verify")
+        return json.loads((tmp_path / name / "config.json").read_text()), run.err
+
+    config, notes = config_with("own", **settings, dim=SMALL_VARIANT["dim"])
+    assert config["window_size"] == [8, 8, 2, 2] and config["num_heads"] == [1, 1, 4, 8]
+    assert config["id2label"] == labels and "note: kept from its config.json" in notes
+    for other in ({**settings, "depths": [1, 3, 8, 4]}, {"model_type": "swin"}):
+        config, notes = config_with(f"other-{other['model_type']}", **other)
+        assert config["window_size"] == SMALL_VARIANT["window_size"] and "LABEL_0" in config["id2label"].values()
+        assert ("it is another model's" in notes) == (other["model_type"] == "mambavision")
+
+
+@pytest.mark.parametrize("prefix", ["model.model.", "model._orig_mod.", "model.module.", "module.model.model."])
+def test_wrappers_in_any_order(tmp_path, prefix):
+    weights = small_weights()
+    path = save(tmp_path / "a.pth", {"state_dict": {"n_averaged": torch.tensor(3), **_prefixed(weights, prefix)}})
+    converted(path, tmp_path / "out", "--no-verify")
+    assert_holds(tmp_path / "out", weights)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "pytorch_model.bin"])
+def test_folders_with_other_files(tmp_path, name):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save(folder / name, {"state_dict": small_weights()})
+    for other in ("._model.ckpt", "training_args.bin", "optimizer.pt"):
+        (folder / other).write_bytes(b"")
+    converted(folder, tmp_path / "out", "--no-verify")
+    assert_holds(tmp_path / "out", small_weights())
+    (folder / name).rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model-00002-of-00002.safetensors").touch()
+    assert_error(convert(folder, tmp_path / "x"), "holds model-00001-of-00002.safetensors, model-00002", "index")
+    (tmp_path / "empty").mkdir()
+    assert_error(convert(tmp_path / "empty", tmp_path / "x"), "holds no checkpoint", ".safetensors or .pth.tar or")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Fine-tuned models: classes, labels, input channels
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +417,13 @@ def test_labels_are_taken_from_a_file(tmp_path, name, text):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
     assert config["label2id"] == {"cat": 0, "dog": 1, "owl": 2}
+
+
+def test_imagenets_labels_need_timm(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm.data", None)
+    path = save(tmp_path / "a.pth", {"state_dict": small_weights(num_labels=1000)})
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["pip install", "timm", "--labels"], path, tmp_path / "out")
 
 
 def test_labels_are_generic_otherwise_and_imagenets_for_a_thousand(tmp_path):
@@ -540,6 +591,7 @@ def test_the_folder_is_complete_and_its_card_runs(checkpoint, tmp_path):
     assert report["verification"]["tensors_equal_bit_for_bit"] == count
 
     card = ModelCard((out / "README.md").read_text())
+    assert "- Nothing had to be decided." in card.text
     assert (card.data.license, card.data.license_link) == ("other", "LICENSE")
     assert "nvidia-source-code-license-nc" in card.data.license_name and "cc-by-nc-sa-4.0" in card.data.license_name
     assert card.data.pipeline_tag == "image-classification" and card.data.library_name == "transformers"
@@ -551,6 +603,26 @@ def test_the_folder_is_complete_and_its_card_runs(checkpoint, tmp_path):
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     done = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{snippet}")
     assert done.stdout.strip() in {f"LABEL_{i}" for i in range(5)}
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+def test_the_card_for_other_channels_runs(tmp_path, in_chans):
+    path = save(tmp_path / "a.pth", {"state_dict": small_weights(in_chans=in_chans)})
+    converted(path, tmp_path / "out", "--no-verify")
+    snippet = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    assert f"torch.rand(1, {in_chans}, " in snippet
+    assert "logits" in run_python(f"import os; os.chdir({str(tmp_path)!r})\n{snippet}").stdout
+
+
+def test_the_card_says_what_was_chosen_and_calls_the_folder_by_its_name(tmp_path):
+    state = {"state_dict": small_weights(), "state_dict_ema": small_weights(1)}
+    out = tmp_path / 'the "best" \\ é'
+    converted(save(tmp_path / "a.pth", state), out, "--no-verify", "--ema", "--dtype", "bfloat16")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "- took the exponential average of the weights" in card
+    assert "- cast all but A_log, D and the BatchNorm statistics to bfloat16" in card
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert {out.name} == {n.value for n in ast.walk(ast.parse(snippet)) if getattr(n, "value", None) == out.name}
 
 
 def test_a_bar_shows_tensors_and_bytes(checkpoint, tmp_path, monkeypatch):
@@ -582,8 +654,9 @@ def test_shards_above_the_size(checkpoint, tmp_path):
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {shard.name for shard in shards}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in small_weights().values())
-    arguments = (checkpoint, tmp_path / "no", "--max-shard-size", "big")
-    assert_fails_and_leaves_nothing(tmp_path / "no", ["--max-shard-size big"], *arguments)
+    for wrong in ("big", "0GB", "-1GB"):
+        arguments = (checkpoint, tmp_path / "no", f"--max-shard-size={wrong}")
+        assert_fails_and_leaves_nothing(tmp_path / "no", [f"--max-shard-size {wrong}"], *arguments)
 
 
 CONVERT_SMALL = f"""
@@ -735,6 +808,20 @@ def test_foreign_files(tmp_path, kind, suffix):
     assert_fails_and_leaves_nothing(tmp_path / "out", [path.name], path, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", ["Git LFS", "git lfs pull"]),
+        (b"\n<!DOCTYPE html><html>", ["web page"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_downloaded_instead_of_a_checkpoint(tmp_path, content, words, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(content)
+    assert_fails_and_leaves_nothing(tmp_path / "out", [path.name, *words], path, tmp_path / "out")
+
+
 def test_zip_bombs(tmp_path):
     path = save(tmp_path / "a.pth", {"state_dict": small_weights()})
     with zipfile.ZipFile(path) as archive:
@@ -744,7 +831,7 @@ def test_zip_bombs(tmp_path):
     _zip(tmp_path / "compressed.pth", bomb, zipfile.ZIP_DEFLATED)
     assert (tmp_path / "compressed.pth").stat().st_size < 2**23
     arguments = (tmp_path / "compressed.pth", tmp_path / "out")
-    assert_fails_and_leaves_nothing(tmp_path / "out", ["unpacks to", "MB"], *arguments)
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["compressed"], *arguments)
 
     # the directory names one stored entry many times
     data = path.read_bytes()
@@ -756,7 +843,7 @@ def test_zip_bombs(tmp_path):
     tail[8:20] = struct.pack("<HHII", count, count, len(directory), start)
     (tmp_path / "overlapping.pth").write_bytes(data[:start] + directory + tail)
     arguments = (tmp_path / "overlapping.pth", tmp_path / "out")
-    assert_fails_and_leaves_nothing(tmp_path / "out", ["overlapping.pth"], *arguments)
+    assert_fails_and_leaves_nothing(tmp_path / "out", ["overlapping.pth", "unpacks to", "MB"], *arguments)
 
 
 def test_a_storage_that_claims_more_than_is_there(tmp_path):
@@ -880,8 +967,8 @@ def test_sources_that_are_none(tmp_path):
     for source, words in (
         (tmp_path / "missing.pth.tar", ["neither a file"]),
         ("no-such-thing", ["neither a file"]),
-        ("../../etc", ["must hold one checkpoint"] if Path("../../etc").is_dir() else ["neither a file"]),
-        (tmp_path / "empty", ["holds none"]),
+        ("../../etc", ["holds no checkpoint"] if Path("../../etc").is_dir() else ["neither a file"]),
+        (tmp_path / "empty", ["holds no checkpoint"]),
         (tmp_path / "two", ["a.pth, b.pth"]),
         (tmp_path / "fifo", ["neither a file"]),
         ("/dev/zero", ["neither a file"]),
@@ -908,14 +995,17 @@ def test_an_existing_target_is_replaced_on_request_only(checkpoint, tmp_path):
     converted(checkpoint, out)
     (out / "note.txt").write_text("mine")
     assert_fails_and_leaves_nothing(out, ["exists", "--overwrite"], checkpoint, out)
+    arguments = (checkpoint, out, "--overwrite")
+    assert_fails_and_leaves_nothing(out, ["would delete: note.txt;", "another folder"], *arguments)
     assert (out / "note.txt").exists()
+    (out / "note.txt").unlink()
     other = save(tmp_path / "other.pth", {"state_dict": small_weights(1)})
     broken = save(tmp_path / "broken.pth", {"state_dict": {}})
     assert_fails_and_leaves_nothing(out, ["broken.pth"], broken, out, "--overwrite")
     assert_holds(out, small_weights())
     converted(other, out, "--overwrite")
     assert_holds(out, small_weights(1))
-    assert not (out / "note.txt").exists() and not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_only_a_models_folder_is_ever_replaced(checkpoint, tmp_path):
@@ -926,15 +1016,67 @@ def test_only_a_models_folder_is_ever_replaced(checkpoint, tmp_path):
         arguments = (checkpoint, tmp_path / name, "--overwrite")
         assert_fails_and_leaves_nothing(tmp_path / name, [name, "not a model's folder"], *arguments)
     assert (tmp_path / "documents" / "thesis.txt").exists()
-    (tmp_path / "clone" / ".git").mkdir(parents=True)
-    (tmp_path / "clone" / "config.json").write_text("{}")
-    arguments = (checkpoint, tmp_path / "clone", "--overwrite")
-    assert_fails_and_leaves_nothing(tmp_path / "clone", ["git repository", "history"], *arguments)
-    assert (tmp_path / "clone" / ".git").exists()
+    for name in (
+        ".git",
+        "conversion",
+        "checkpoint-10",
+        "README.md",
+    ):  # a clone, a download of the repository, a training
+        (tmp_path / name[1:] / name).mkdir(parents=True)
+        (tmp_path / name[1:] / "config.json").write_text("{}")
+        arguments = (checkpoint, tmp_path / name[1:], "--overwrite")
+        assert_fails_and_leaves_nothing(tmp_path / name[1:], [f"would delete: {name};"], *arguments)
+        assert (tmp_path / name[1:] / name).is_dir()
     out = checkpoint.parent
     (out / "config.json").write_text("{}")
     for source in (checkpoint, out):
         assert_fails_and_leaves_nothing(out, ["lies in"], source, out, "--overwrite")
+
+
+def test_a_source_is_never_where_the_result_goes(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    converted(checkpoint, out)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "model.safetensors").symlink_to("../out/model.safetensors")
+    for source in (tmp_path / "linked", tmp_path / "linked" / "model.safetensors"):
+        assert_fails_and_leaves_nothing(out, [f"lies in {out}"], source, out, "--overwrite")
+    assert_holds(out, small_weights())
+    # what a killed run left whole in its workshop
+    (tmp_path / ".new.partial").mkdir()
+    rescued = out.rename(tmp_path / ".new.partial" / "mambavision")
+    arguments = (rescued, tmp_path / "new")
+    assert_fails_and_leaves_nothing(tmp_path / "new", ["lies in", ".new.partial"], *arguments)
+    assert_holds(rescued, small_weights())
+
+
+def test_the_current_folder_is_not_replaced(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "here" / "in").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "in")
+    for output in (".", "", "..", tmp_path / "here" / "in"):
+        assert_error(convert(checkpoint, output), "current folder")
+        assert_error(convert(checkpoint, output, "--overwrite"), "current folder")
+    assert sorted(tmp_path.rglob("*in*")) == [tmp_path / "here" / "in"]
+
+
+def test_a_mount_point_is_not_replaced(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    assert_fails_and_leaves_nothing(tmp_path / "volume", ["mount point"], checkpoint, tmp_path / "volume")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_names_that_are_not_utf_8(checkpoint, tmp_path):
+    out = tmp_path / os.fsdecode(b"mod\xe8le")
+    assert_fails_and_leaves_nothing(out, ["no name in UTF-8", "mod\\udce8le"], checkpoint, out)
+    source = checkpoint.rename(checkpoint.with_name(os.fsdecode(b"caf\xe9.pth")))
+    assert_fails_and_leaves_nothing(out, ["no name in UTF-8", "caf\\udce9.pth"], source, tmp_path / "out")
+
+
+def test_names_that_the_terminal_cannot_show(checkpoint, tmp_path):
+    code = CONVERT_SMALL + "sys.exit(convert_checkpoint.main(sys.argv[1:]))"
+    done = run_python(code, checkpoint, tmp_path / "modèle", "--no-verify", PYTHONIOENCODING="ascii")
+    assert "mod\\xe8le: MambaVision" in done.stdout
+    assert_holds(tmp_path / "modèle", small_weights())
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
@@ -1029,6 +1171,49 @@ def test_targets_that_cannot_be_written(checkpoint, tmp_path):
     if os.geteuid() != 0:
         (tmp_path / "closed").mkdir(mode=0o500)
         assert_error(convert(checkpoint, tmp_path / "closed" / "out"), "closed")
+
+
+def test_leftovers_that_cannot_be_deleted_are_named(checkpoint, tmp_path, monkeypatch):
+    from repository.conversion import workshop as module
+
+    converted(checkpoint, tmp_path / "out")
+
+    def refuses(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(errno.EPERM, "Operation not permitted", "weights")
+
+    monkeypatch.setattr(module.shutil, "rmtree", refuses)
+    left = tmp_path / ".out.partial" / "mambavision"
+    assert f"note: {left} could not be deleted" in converted(checkpoint, tmp_path / "out", "--overwrite").err
+    run = convert(checkpoint, tmp_path / "out", "--overwrite")
+    assert f"error: {left} is left from an earlier run and cannot be deleted: Operation not permitted" in run.err
+
+
+def test_a_file_system_without_locks(checkpoint, tmp_path, monkeypatch):
+    from repository.conversion import workshop as module
+
+    flock = MagicMock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(module, "fcntl", types.SimpleNamespace(flock=flock, LOCK_EX=2, LOCK_NB=4))
+    converted(checkpoint, tmp_path / "out", "--no-verify")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"] and flock.called
+    flock.side_effect = OSError(errno.EIO, "Input/output error")
+    assert_error(convert(checkpoint, tmp_path / "again", "--no-verify"), "Input/output error")
+
+
+def test_the_workshop_of_the_run_before_vanishes_meanwhile(checkpoint, tmp_path, monkeypatch):
+    from repository.conversion import workshop as module
+
+    opened = os.open
+
+    def opens(path, *arguments, **options):
+        if Path(path).name == ".out.partial" and not calls:
+            calls.append(Path(path).rmdir())
+        return opened(path, *arguments, **options)
+
+    calls = []
+    monkeypatch.setattr(module.os, "open", opens)
+    converted(checkpoint, tmp_path / "out", "--no-verify")
+    assert calls
 
 
 def test_missing_parents_are_made_and_unmade(checkpoint, tmp_path):
@@ -1334,9 +1519,10 @@ def test_peak_memory(tmp_path, checkpoint, options, zipped):
 def hub():
     """A Hub of two repositories: what huggingface_hub asks when it downloads a snapshot and when it uploads a folder.
 
-    nvidia/MambaVision-Small-1K holds `files`; me/converted, once `created`, holds what is named by `there`.
+    nvidia/MambaVision-Small-1K holds `files`; me/converted, once `created`, holds what is named by `there`. Requests
+    for names in `refuses` are answered by an error of that code.
     """
-    state = types.SimpleNamespace(files={}, uploaded={}, deleted=[], created=None, there=None)
+    state = types.SimpleNamespace(files={}, uploaded={}, deleted=[], created=None, there=None, refuses={})
     commit = "0" * 40
 
     class Handler(BaseHTTPRequestHandler):
@@ -1353,7 +1539,9 @@ def hub():
             self.answer(json.dumps(value).encode(), code)
 
         def do_GET(self):
-            if "/api/whoami" in self.path:
+            if refused := next((code for name, code in state.refuses.items() if name in self.path), None):
+                self.answer(b"{}", 401 if refused == "RepoNotFound" else 403, **{"X-Error-Code": refused})
+            elif "/api/whoami" in self.path:
                 self.answer_json({"name": "me", "type": "user"})
             elif "/api/models/me/converted" in self.path:
                 if state.there is None:
@@ -1448,6 +1636,32 @@ def test_from_the_hub_and_back(hub, tmp_path):
     assert_holds(tmp_path / "again", small_weights())
 
 
+def test_what_the_hub_gives_and_does_not(hub, tmp_path):
+    code = CONVERT_SMALL + "sys.exit(convert_checkpoint.main(sys.argv[1:]))"
+    online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    source, config = "nvidia/MambaVision-Small-1K", {"config.json": b'{"model_type": "mambavision"}'}
+
+    def fails(source, home, **environment):
+        environment = {**online, "HF_HOME": str(tmp_path / home), **environment}
+        done = run_python(code, source, tmp_path / "x", "--no-verify", check=False, **environment)
+        assert done.returncode == 1 and not (tmp_path / "x").exists()
+        return done.stderr.splitlines()[-1]
+
+    hub.files = config
+    assert f"{source} has no checkpoint" in fails(source, "bare")
+    assert "the Hub was not reached" in fails(source, "bare", HF_HUB_OFFLINE="1")  # the configuration is in the cache
+    hub.refuses["someone/hidden"] = "RepoNotFound"
+    hub.refuses["someone/gated"] = "GatedRepo"
+    assert "no such repository, or a private one" in fails("someone/hidden", "hidden")
+    assert "accept its terms" in fails("someone/gated", "gated")
+
+    path = save(tmp_path / "pytorch_model.bin", {"state_dict": small_weights()})
+    hub.files = {**config, "pytorch_model.bin": path.read_bytes(), "checkpoint-5/model.safetensors": b"not asked for"}
+    run_python(code, source, tmp_path / "out", "--no-verify", **online)
+    assert_holds(tmp_path / "out", small_weights())
+    assert not list((tmp_path / "home").rglob("checkpoint-5"))
+
+
 def test_a_hub_id_that_cannot_be_had(tmp_path):
     arguments = ("nvidia/MambaVision-T-1K", tmp_path / "out")  # offline, and not in the cache
     assert_fails_and_leaves_nothing(tmp_path / "out", ["nvidia/MambaVision-T-1K", "the Hub"], *arguments)
@@ -1481,6 +1695,7 @@ def test_what_the_hub_will_refuse_is_found_before_any_work(hub_api, tmp_path, mo
         assert_fails_and_leaves_nothing(tmp_path / "out", words, *arguments)
 
     assert_refused("", ["--push-to-hub ''"])
+    assert convert_checkpoint.check_hub("new", private=True) == "me/new"
     for name in ("public", "me/public"):
         assert_refused(name, ["--private: me/public is there and public"], "--private")
     assert_refused("me/public", ["no-such-file.pth"])  # nothing to refuse but the source
@@ -1494,7 +1709,8 @@ def test_what_the_hub_will_refuse_is_found_before_any_work(hub_api, tmp_path, mo
 def test_a_failed_upload_keeps_the_folder(hub_api, checkpoint, tmp_path, monkeypatch):
     hub_api.upload_folder.side_effect = OSError("503 Server Error")
     monkeypatch.chdir(tmp_path)
-    run = convert(checkpoint, "out", "--no-verify", "--push-to-hub", "me/converted")
+    run = convert(checkpoint, "out", "--no-verify", "--push-to-hub", "converted")
+    assert '("me/converted", ' in (tmp_path / "out" / "README.md").read_text()
     assert_error(run, "written", "upload failed", "503")
     assert_holds(tmp_path / "out", small_weights())
     hub_api.create_repo.assert_called_once_with("me/converted", private=None, exist_ok=True)
