@@ -218,6 +218,8 @@ def _difference(function: Callable[..., Tensor], reference: Callable[..., Tensor
     try:
         # on the CPU, for the device's own products may be allowed to round: TensorFloat32
         error = (function(*inputs).cpu() - reference(*(x.cpu() for x in inputs))).abs().max().item()
+    except torch.cuda.OutOfMemoryError:  # says nothing about the backend: the caller may free memory and come again
+        raise
     except Exception as exception:  # a broken installation may raise anything
         return f"{type(exception).__name__}: {exception}".strip().splitlines()[0]
     return None if error < 1e-4 else f"its result on a small input is off by {error:.2g}"

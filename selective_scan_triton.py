@@ -150,13 +150,27 @@ def _load_steps(ptr, stride, t, last, d, channels, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _load_weights(ptr, stride, t, last, ALIGN: tl.constexpr, COMPUTE: tl.constexpr):
-    """Row t of B or C as (states, 1); the last row again from `last` on, where what it weighs is zero or not kept.
+def _load_row(ptr, stride, t, last, ALIGN: tl.constexpr):
+    """Row t (states,) of B or C; the last row again from `last` on, where what it weighs is zero or not kept.
 
     ALIGN, in bytes, lets one or two instructions load the row; a mask would keep them from it.
     """
-    row = tl.load(tl.multiple_of(ptr + tl.cast(tl.minimum(t, last - 1), tl.int64) * stride, [ALIGN]))
-    return row.to(COMPUTE)[:, None]
+    return tl.load(tl.multiple_of(ptr + tl.cast(tl.minimum(t, last - 1), tl.int64) * stride, [ALIGN]))
+
+
+@triton.jit
+def _load_rows(ptr, stride, t, last, ALIGN: tl.constexpr, STEPS: tl.constexpr):
+    """Rows t ... t + STEPS - 1 of B or C."""
+    rows = ()
+    for i in tl.static_range(STEPS):
+        rows += (_load_row(ptr, stride, t + i, last, ALIGN),)
+    return rows
+
+
+@triton.jit
+def _load_weights(ptr, stride, t, last, ALIGN: tl.constexpr, COMPUTE: tl.constexpr):
+    """Row t of B or C as (states, 1)."""
+    return _load_row(ptr, stride, t, last, ALIGN).to(COMPUTE)[:, None]
 
 
 @triton.jit(do_not_specialize=["length", "chunk", "chunks", "blocks"])
@@ -227,8 +241,10 @@ def _scan_kernel(
             if t % INTERVAL == 0:
                 offset = tl.cast(t // INTERVAL, tl.int64) * STATES * channels
                 tl.store(starts + offset, h, mask=mask[None, :])
-        # the loads of the next steps travel while these are computed
+        # the loads of the next steps travel while these are computed; those of B and C come from the cache
         these_u, these_dt = next_u, next_dt
+        these_B = _load_rows(B, B_step, t, last, ALIGN, STEPS)
+        these_C = _load_rows(C, C_step, t, last, ALIGN, STEPS)
         u += STEPS * u_step
         dt += STEPS * dt_step
         next_u = _load_steps(u, u_step, t + STEPS, last, d, channels, STEPS)
@@ -237,8 +253,7 @@ def _scan_kernel(
         for i in tl.static_range(STEPS):
             x = these_u[i].to(COMPUTE)
             delta = _softplus(these_dt[i].to(COMPUTE) + bias)
-            B_ = _load_weights(B, B_step, t + i, last, ALIGN, COMPUTE)
-            C_ = _load_weights(C, C_step, t + i, last, ALIGN, COMPUTE)
+            B_, C_ = these_B[i].to(COMPUTE)[:, None], these_C[i].to(COMPUTE)[:, None]
             h = tl.exp2(rates * delta[None, :]) * h + B_ * (delta * x)[None, :]
             outputs += ((tl.sum(C_ * h, 0) + skip * x).to(y.dtype.element_ty),)
         for i in tl.static_range(STEPS):  # stores last: loads are not moved ahead of a store

@@ -19,8 +19,8 @@ total=${TOTAL:-530} # seconds for everything
 build=190           # in the background, while the tests run
 gpu_tests=130
 scan_tests=50
-mamba_ssm_tests=25
-scan=75
+mamba_ssm_tests=35
+scan=65
 models=60
 compiled=45
 fused_compiled=45
@@ -34,7 +34,7 @@ built=$PWD/.cache/mamba_ssm
 log=$output/gpu.log
 failed=()
 : >"$log"
-export PYTHONUNBUFFERED=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export PYTHONUNBUFFERED=1 PIP_NO_INDEX=1 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export PYTHONPATH=$built${PYTHONPATH:+:$PYTHONPATH}
 
 say() { echo "$@" | tee -a "$log"; }
@@ -80,14 +80,14 @@ if [[ $building ]]; then
     failed+=("build ($status)")
     say "$(tail -n 20 "$output/build.log")"
   else
-    step mamba_ssm-tests "$mamba_ssm_tests" "$python" -m pytest -o addopts= -q -m gpu -k mamba_ssm "${gpu_files[@]}"
+    step mamba_ssm-tests "$mamba_ssm_tests" "$python" -m pytest -o addopts= -q -n 4 -m gpu -k mamba_ssm "${gpu_files[@]}"
   fi
 fi
 
 common=(--device cuda --results "$output")
 models_common=("${common[@]}")
 [[ -d $published ]] && models_common+=(--published "$published")
-step scan "$scan" "$python" benchmarks/scan.py "${common[@]}" --lengths 196 49 1024 4096 12544 \
+step scan "$scan" "$python" benchmarks/scan.py "${common[@]}" --lengths 196 49 1024 4096 12544 --rounds 9 \
   --contenders triton mamba_ssm mamba_ssm-native triton-graph mamba_ssm-graph mamba_ssm-native-graph
 step models "$models" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference --batches 128 \
   --precisions bf16

@@ -77,6 +77,20 @@ class TestChoice:
                     selective_scan(*inputs(), backend="triton")
         assert [record.levelname for record in caplog.records] == ["WARNING"]
 
+    def test_a_lack_of_memory_is_no_verdict(self, monkeypatch):
+        """A program that catches it, halves its batch and comes again gets the backend that it had asked for."""
+        monkeypatch.setattr(scan_module, "_triton_missing", None)
+        monkeypatch.setattr(scan_module, "_triton_runs_on", lambda device: True, raising=False)
+
+        def lacks(*inputs):
+            raise torch.cuda.OutOfMemoryError("out of memory")
+
+        monkeypatch.setattr(scan_module, "_triton_scan", lacks, raising=False)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            selective_scan(*inputs(), backend="triton")
+        monkeypatch.setattr(scan_module, "_triton_scan", scan_module._torch_scan)
+        assert backend_on(CPU, "triton") == "triton"
+
     def test_compiled_code_knows_the_choice(self):
         """One graph, and no probe in it."""
         compiled = torch.compile(lambda *x: selective_scan(*x), backend="eager", fullgraph=True)
