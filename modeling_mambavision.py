@@ -399,6 +399,7 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules = ["A_log", "D"]
     _keep_in_fp32_modules_strict = ["A_log", "D"]
     all_tied_weights_keys = {}  # none; some programs replace the base class's, for models older than transformers 5
+    accepts_loss_kwargs = False  # or transformers' Trainer would take `**absent` for it, and scale the loss otherwise
     is_fused = False  # True for what `fuse` gives
 
     def __init__(self, config: MambaVisionConfig, *args, **kwargs):
@@ -531,6 +532,12 @@ def _init_dt_bias_(bias: Tensor) -> Tensor:
     return bias.copy_((step + torch.log(-torch.expm1(-step))) / 2)  # the inverse of softplus, halved
 
 
+def _check_absent(arguments: dict) -> None:
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise TypeError(f"forward() got an unexpected keyword argument {name!r}")
+
+
 @dataclass
 class MambaVisionModelOutput(ModelOutput):
     """Features of a batch of images, by name; unpacked or indexed by number, the published pair (pooled, maps).
@@ -574,17 +581,23 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, pixel_values: Tensor, return_dict: bool | None = None, output_hidden_states: bool | None = None
+        self,
+        pixel_values: Tensor,
+        return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **absent: None,
     ) -> MambaVisionModelOutput | tuple[Tensor, list[Tensor]]:
         """
         Args:
             pixel_values: (B, in_chans, H, W) normalised images, any H, W >= 1.
             return_dict: False for the plain tuple (pooled, maps).
             output_hidden_states: accepted for the sake of transformers' callers; the maps are always given.
+            absent: what callers such as peft give to any model, without a value.
 
         Raises:
-            TypeError, ValueError: `pixel_values` is not such a tensor.
+            TypeError, ValueError: `pixel_values` is not such a tensor, or there is another argument.
         """
+        _check_absent(absent)
         pooled, maps = self.model.forward_features(pixel_values)
         if not (self.config.return_dict if return_dict is None else return_dict):
             return pooled, maps
@@ -606,6 +619,7 @@ class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **absent: None,
     ) -> ImageClassifierOutputWithNoAttention | tuple:
         """
         Args:
@@ -614,10 +628,13 @@ class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
                 (B,) or (B, 1) floats for regression, where num_labels is 1. `config.problem_type` overrides.
             output_hidden_states: whether to give the maps of the four stages.
             return_dict: False for a plain tuple without the absent parts.
+            absent: what callers such as peft give to any model, without a value.
 
         Raises:
-            TypeError, ValueError: the inputs are not such tensors. Class indices are looked at on the CPU only.
+            TypeError, ValueError: the inputs are not such tensors, or there are others. Class indices are looked at on
+                the CPU only.
         """
+        _check_absent(absent)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = None
@@ -719,3 +736,16 @@ class MambaVisionBackbone(BackboneMixin, MambaVisionPreTrainedModel):
 MambaVisionModel.register_for_auto_class("AutoModel")
 MambaVisionModelForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 MambaVisionBackbone.register_for_auto_class("AutoBackbone")
+
+with suppress(ImportError):  # transformers 5
+    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    class _NameOfTheMixer(WeightRenaming):
+        """DETR and its kin rename every `out_proj` of a checkpoint: the mixer's is loaded and saved under its name."""
+
+        def reverse_transform(self):
+            return self
+
+    names = _NameOfTheMixer(r"mixer\.o_proj\.", "mixer.out_proj.")
+    register_checkpoint_conversion_mapping("MambaVisionBackbone", [names], overwrite=True)

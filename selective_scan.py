@@ -474,6 +474,11 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, grad_y, grad_starts):
     if grad_y is None:
         return (None,) * 8
+    if torch.is_grad_enabled():  # by `create_graph`: second derivatives, through torch's own operators
+        inputs = [x.view_as(x) for x in ctx.saved_tensors[:-1]]  # apart, even where one tensor was given twice
+        wanted = [x for x in inputs if x.requires_grad]
+        grads = iter(torch.autograd.grad(_scan_chunked(*inputs), wanted, grad_y, create_graph=True))
+        return *(next(grads) if x.requires_grad else None for x in inputs), None
     return *_blocked_scan_backward(grad_y, *ctx.saved_tensors), None
 
 

@@ -5,9 +5,12 @@ import torch
 from conftest import SMALL
 from repository.configuration_mambavision import MambaVisionConfig
 from repository.modeling_mambavision import MambaVisionBackbone
+from safetensors.torch import load_file
 from transformers import (
     AutoBackbone,
     AutoConfig,
+    DetrConfig,
+    DetrForObjectDetection,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     UperNetConfig,
@@ -116,3 +119,32 @@ def test_mask2former_runs_on_the_backbone():
     output = model(image((1, 3, 64, 96)))
     assert output.masks_queries_logits.shape == (1, 5, 16, 24) and output.class_queries_logits.shape == (1, 5, 5)
     assert output.masks_queries_logits.isfinite().all()
+
+
+def test_detr_reloads_whole(tmp_path):
+    """DETR renames every `out_proj` of a checkpoint in transformers 5, and the mixers have one of their own."""
+    model = DetrForObjectDetection(
+        DetrConfig(
+            backbone_config=config(out_features=["stage4"]),
+            use_timm_backbone=False,
+            use_pretrained_backbone=False,
+            backbone=None,
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            num_queries=5,
+        )
+    )
+    model.save_pretrained(tmp_path / "detr")
+    again, info = DetrForObjectDetection.from_pretrained(tmp_path / "detr", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    weights = model.state_dict()
+    assert "mixer.out_proj" in str(weights.keys())
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    # the backbone alone keeps its names
+    backbone = MambaVisionBackbone(config())
+    backbone.save_pretrained(tmp_path / "backbone")
+    assert load_file(tmp_path / "backbone" / "model.safetensors").keys() == backbone.state_dict().keys()

@@ -913,7 +913,10 @@ def test_lora(classifiers, tmp_path):
     model = copy.deepcopy(classifiers[0])
     before = model(X).logits
     targets = ["qkv", "proj", "in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2"]
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=["head"]))
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=["head"])).train()
+    for module in tuned.modules():  # as README has it: no adapter's file has the running statistics
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         tuned(pixel_values=X, labels=LABELS).loss.backward()
@@ -928,6 +931,19 @@ def test_lora(classifiers, tmp_path):
     again = PeftModel.from_pretrained(copy.deepcopy(classifiers[0]), tmp_path).eval()
     assert torch.allclose(again(pixel_values=X).logits, after, atol=1e-5)
     assert torch.allclose(tuned.merge_and_unload()(X).logits, after, atol=1e-4)
+
+
+def test_lora_on_the_features(models):
+    """peft's wrapper of feature extractors gives arguments for text, without values."""
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(models[0])
+    expected = model(X).pooler_output
+    tuned = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="FEATURE_EXTRACTION")).eval()
+    assert torch.allclose(tuned(pixel_values=X).pooler_output, expected, atol=1e-5)
+    for name in ("input_ids", "interpolate_pos_encoding"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            model(X, **{name: torch.ones(1)})
 
 
 def test_trainer_with_four_channels(classifiers, tmp_path):
@@ -949,6 +965,7 @@ def test_trainer_with_four_channels(classifiers, tmp_path):
     before = model.model.head.weight.detach().clone()
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data, compute_metrics=metrics)
     trainer.train()
+    assert not trainer.model_accepts_loss_kwargs  # or losses would be scaled otherwise in gradient accumulation
     assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1 and seen == [(6, CLASSES)]
     assert not torch.equal(before, model.model.head.weight)
 

@@ -102,7 +102,7 @@ def run_blocks(blocks: list[str], folder, tmp_path) -> list[str]:
 
 def test_python_runs_on_this_folder(tmp_path):
     outputs = run_blocks(PYTHON, ROOT, tmp_path)
-    first, classification, features, training, channels, backbone, fast, export = outputs
+    first, classification, features, training, head, channels, backbone, fast, export = outputs
     assert first.splitlines()[0].endswith("%  Ankle boot") and len(first.splitlines()) == 5
     assert len(PYTHON[0].strip().splitlines()) <= 5
     assert classification == "Predicted class: Pullover\n"
@@ -118,7 +118,7 @@ def test_python_runs_on_this_folder(tmp_path):
     ]
     assert backbone == "(1, 150, 128, 128)\n"
     assert fast == f"{backend_on(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}\n"
-    assert training == channels == export == ""
+    assert training == head == channels == export == ""
 
 
 def test_python_runs_on_a_converted_model(tmp_path):

@@ -94,6 +94,16 @@ def test_gradients_by_finite_differences(monkeypatch, block_elements):
         assert torch.autograd.gradcheck(form, inputs)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_by_finite_differences(form):
+    inputs = [x.requires_grad_() for x in random_inputs(2, 5, 3)]
+    assert torch.autograd.gradgradcheck(FORMS[form], inputs)
+    some = [x.detach().requires_grad_(name in ("dt", "C")) for name, x in zip(NAMES, inputs, strict=True)]
+    assert torch.autograd.gradgradcheck(FORMS[form], some)
+    twice = inputs[0]  # as u and as dt: each its own gradient
+    assert torch.autograd.gradgradcheck(lambda x: FORMS[form](x, x, *inputs[2:]), twice)
+
+
 @pytest.mark.parametrize("batch, length, channels", [(1, 1, 16), (3, 49, 40), (2, 500, 24), (40, 196, 64)])
 def test_gradients_equal_autograd_through_the_recurrence(batch, length, channels):
     inputs = [x.requires_grad_() for x in random_inputs(batch, length, channels)]
