@@ -253,6 +253,23 @@ def test_every_parameter_gets_a_gradient(small_config):
         assert not missing
 
 
+def test_second_derivatives(classifier):
+    """Those of a penalty of gradients, by finite differences along a direction."""
+    model = copy.deepcopy(classifier).double()
+    x, direction = (image((1, 3, 64, 64), seed).double() for seed in (0, 1))
+
+    def gradient(x, **options):
+        return torch.autograd.grad(model(x).logits.square().sum(), x, **options)[0]
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        x.requires_grad_()
+        penalty = gradient(x, create_graph=True).square().sum()
+        slope = (torch.autograd.grad(penalty, x)[0] * direction).sum().item()
+    step = 1e-5
+    values = [gradient((x + sign * step * direction).detach().requires_grad_()).square().sum() for sign in (1, -1)]
+    assert abs(slope / ((values[0] - values[1]).item() / (2 * step)) - 1) < 1e-4
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(classifier, use_reentrant):
     """Loss, gradients and BatchNorm's statistics, under stochastic depth."""
