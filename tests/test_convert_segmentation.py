@@ -337,6 +337,8 @@ def test_its_own_folder_converts_again(mmseg_heads, small_dense, tmp_path, decod
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     converted(tmp_path / "second", tmp_path / "half", "--dtype", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    for size in ("500KB", "5GB"):  # in place of one file, and of shards
+        converted(tmp_path / "second", tmp_path / "first", "--no-verify", "--overwrite", "--max-shard-size", size)
 
 
 @pytest.mark.parametrize("decoder", [True, False])
@@ -346,6 +348,10 @@ def test_other_input_channels(mmseg_heads, small_dense, tmp_path, decoder):
     assert "note: the mean and std of 4 input channels are a guess" in run.err
     processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert len(processor["image_mean"]) == len(processor["image_std"]) == 4
+    snippet = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
+    snippet = snippet.replace("torch.rand(1, 4, 512, 512)", "torch.rand(1, 4, 64, 64)")
+    printed = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{snippet}").stdout
+    assert ("logits" if decoder else "feature_maps") in printed
 
 
 def test_without_the_auxiliary_head(mmseg_heads, small_dense, tmp_path):
