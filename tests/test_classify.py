@@ -88,6 +88,18 @@ def expected_scores(path) -> dict[str, float]:
     return dict(zip(config.id2label.values(), logits.softmax(-1).tolist(), strict=True))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
+def test_the_default_model_in_half_precision(dtype, tolerance):
+    """All of its values fit, the statistics of its norms too. Logits have a standard deviation of 1.6."""
+    model = AutoModelForImageClassification.from_pretrained(ROOT, trust_remote_code=True)
+    half = AutoModelForImageClassification.from_pretrained(ROOT, trust_remote_code=True, torch_dtype=dtype)
+    assert all(tensor.isfinite().all() for tensor in half.state_dict().values())
+    images = [Image.open(path).convert("RGB") for path in sorted(IMAGES.glob("*.png"))]
+    pixels = AutoImageProcessor.from_pretrained(ROOT)(images, return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        assert (half(pixels).logits.float() - model(pixels).logits).abs().max() < tolerance
+
+
 def test_json_gives_a_line_for_each_image_and_nothing_else():
     files = sorted(map(str, IMAGES.iterdir()))
     done = classify(*files, "--json", "--top-k", 99)  # more than there are
