@@ -747,5 +747,6 @@ with suppress(ImportError):  # transformers 5
         def reverse_transform(self):
             return self
 
-    names = _NameOfTheMixer(r"mixer\.o_proj\.", "mixer.out_proj.")
-    register_checkpoint_conversion_mapping("MambaVisionBackbone", [names], overwrite=True)
+    register_checkpoint_conversion_mapping(
+        "MambaVisionBackbone", [_NameOfTheMixer(r"mixer\.o_proj\.", "mixer.out_proj.")], overwrite=True
+    )

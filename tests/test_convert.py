@@ -1016,12 +1016,8 @@ def test_only_a_models_folder_is_ever_replaced(checkpoint, tmp_path):
         arguments = (checkpoint, tmp_path / name, "--overwrite")
         assert_fails_and_leaves_nothing(tmp_path / name, [name, "not a model's folder"], *arguments)
     assert (tmp_path / "documents" / "thesis.txt").exists()
-    for name in (
-        ".git",
-        "conversion",
-        "checkpoint-10",
-        "README.md",
-    ):  # a clone, a download of the repository, a training
+    # a clone, a download of the repository, a training, a folder in a file's place
+    for name in (".git", "conversion", "checkpoint-10", "README.md"):
         (tmp_path / name[1:] / name).mkdir(parents=True)
         (tmp_path / name[1:] / "config.json").write_text("{}")
         arguments = (checkpoint, tmp_path / name[1:], "--overwrite")

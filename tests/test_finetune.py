@@ -396,6 +396,8 @@ def test_later_trainings_were_as_their_notes_say(name):
     assert (
         "{:.1f} %, inverted {:.1f}, coloured {:.1f}, against {:.1f}, {:.1f} and {:.1f} before".format(*values) in notes
     )
+    losses = [[entry["eval_loss"] for entry in log if "eval_loss" in entry][-1] for log in (history, before_history)]
+    assert "their loss as they are {:.3f} against {:.3f}".format(*losses) in notes
     if name == "fashion-mnist-3":
         assert all(text in notes for text in compared(results_of(name), results_of("fashion-mnist")))
 
