@@ -3,19 +3,22 @@
 
 BatchNorm becomes a part of the convolution before it, and in the copy layer scale of the layer before it. On a CPU
 oneDNN then adds the bias and applies GELU to results that are still in the cache. There the 3x3 convolutions of large
-maps are computed by Winograd's algorithm (winograd.py).
+maps are computed by Winograd's algorithm (winograd.py), and layers in half precision in float32 where that is faster.
 """
 
 import copy
 import functools
+import math
 import weakref
+from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .selective_scan import is_transformed
+from .selective_scan import HALVES, ONEDNN_DTYPES, is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
 
@@ -98,7 +101,11 @@ def _is_plain(layer: nn.Module | None) -> bool:
 
 
 def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    return type(conv) is nn.Conv2d and _is_plain(conv) and _pads_with_zeros(conv) and _is_affine(norm)
+    return _is_usual(conv) and _is_affine(norm)
+
+
+def _is_usual(conv: nn.Module | None) -> bool:
+    return type(conv) is nn.Conv2d and _is_plain(conv) and _pads_with_zeros(conv)
 
 
 def _is_affine(norm: nn.Module | None) -> bool:
@@ -114,20 +121,21 @@ def _pads_with_zeros(conv: nn.Conv2d) -> bool:
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def _folded_weights(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def _folded_weights(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution and the norm in one, in half precision rounded once."""
     mean, variance, scale, shift = (
         x if x is None or x.dtype == torch.float64 else x.float()
         for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     )
     with torch.no_grad():
-        return fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, scale, shift)
+        weight, bias = _to(dtype, conv.weight, conv.bias)
+        return fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """A new convolution: the old one may also be used elsewhere."""
     folded = copy.deepcopy(conv)
-    folded.weight, folded.bias = _folded_weights(conv, norm)
+    folded.weight, folded.bias = _folded_weights(conv, norm, conv.weight.dtype)
     return folded
 
 
@@ -168,16 +176,17 @@ class _Fused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._can_fuse(x):
             return self.layer(x) if self.gelu is None else self.gelu(self.layer(x))
-        return self._compute(x)
+        dtype = _precision(x, self.layer, is_prepared=True)
+        return self._compute(x.to(dtype), *_to(dtype, self.layer.bias)).to(x.dtype)
 
-    def _packed(self, pack, *args) -> Tensor:
-        """pack(weight, *args), kept until the weights are others."""
+    def _packed(self, pack, dtype: torch.dtype, *args) -> Tensor:
+        """pack(weight, *args) of the weight in a precision, kept until the weights are others."""
         weight = self.layer.weight
         # what tells of other weights; tensors made in inference mode do not count their changes
-        state = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
+        state = (weight.data_ptr(), weight.dtype, dtype, 0 if weight.is_inference() else weight._version)
         packed = self.packed.get(pack)  # once: another thread may put its own there
         if packed is None or packed[0]() is not weight or packed[1] != state:
-            packed = self.packed[pack] = (weakref.ref(weight), state, pack(weight, *args))
+            packed = self.packed[pack] = (weakref.ref(weight), state, pack(weight.to(dtype), *args))
         return packed[2]
 
     def _can_fuse(self, x: Tensor) -> bool:
@@ -209,46 +218,53 @@ class FusedConv2d(_Fused):
     def _can_fuse(self, x: Tensor) -> bool:
         return super()._can_fuse(x) and _pads_with_zeros(self.layer)
 
-    def _compute(self, x: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         c = self.layer
         if winograd_pays(x, c, is_prepared=True):
-            return _convolve_by_winograd(x, self._packed(winograd_filters), c.bias, self.gelu)
-        weight = self._packed(
-            torch.ops.mkldnn._reorder_convolution_weight, c.padding, c.stride, c.dilation, c.groups, list(x.shape)
-        )
-        return _convolve(x, c, weight, c.bias, self.gelu)
+            return _convolve_by_winograd(x, self._packed(winograd_filters, x.dtype), bias, self.gelu)
+        reorder, shape = torch.ops.mkldnn._reorder_convolution_weight, list(x.shape)
+        weight = self._packed(reorder, x.dtype, c.padding, c.stride, c.dilation, c.groups, shape)
+        return _convolve(x, c, weight, bias, self.gelu)
 
 
 class FusedLinear(_Fused):
     def _can_fuse(self, x: Tensor) -> bool:
-        return super()._can_fuse(x) and _pays(x, self.layer)
+        return super()._can_fuse(x) and _gains(x, self.layer)
 
-    def _compute(self, x: Tensor) -> Tensor:
-        weight = self._packed(torch.ops.mkldnn._reorder_linear_weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, self.layer.bias, *_pointwise(self.gelu))
+    def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        pack = torch.ops.mkldnn._reorder_linear_weight if _pays(x, self.layer) else Tensor.contiguous
+        return _linear(x, self.layer, self._packed(pack, x.dtype), bias, self.gelu)
 
 
-def convolution(x: Tensor, conv: nn.Module, norm: nn.Module, activation: nn.Module | None = None) -> Tensor:
+def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None = None) -> Tensor:
     """activation(norm(conv(x))) of a map (B, C, H, W), with the norm folded into the convolution where that is faster.
 
     Only where nothing but the time tells the two apart.
     """
     if not _folds(x, conv, norm):
-        x = norm(conv(x))
+        x = conv(x) if norm is None else norm(conv(x))
         return x if activation is None else activation(x)
-    weight, bias = _folded_weights(conv, norm)
-    if winograd_pays(x, conv, is_prepared=False):
-        return _convolve_by_winograd(x, winograd_filters(weight), bias, activation)
-    return _convolve(x, conv, weight.contiguous(memory_format=torch.channels_last), bias, activation)
+    dtype = _precision(x, conv)
+    weight, bias = _to(dtype, conv.weight, conv.bias) if norm is None else _folded_weights(conv, norm, dtype)
+    y = x.to(dtype)
+    if winograd_pays(y, conv, is_prepared=False):
+        y = _convolve_by_winograd(y, winograd_filters(weight), bias, activation)
+    else:
+        y = _convolve(y, conv, weight.contiguous(memory_format=torch.channels_last), bias, activation)
+    return y.to(x.dtype)
 
 
 # Numbers in a map from which on BatchNorm and the activation take longer than folding
 _LEAST_MAP = 2**16
 
 
-def _folds(x: Tensor, conv: nn.Module, norm: nn.Module) -> bool:
-    if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _onednn_takes(x, norm):
+def _folds(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
+    if norm is None:
+        return _is_usual(conv) and _onednn_takes(x, conv) and _precision(x, conv) != x.dtype
+    if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _is_free(x, norm):
         return False
+    if _precision(x, conv) != x.dtype:
+        return True
     return x.numel() >= max(_LEAST_MAP, conv.weight.numel()) or winograd_pays(x, conv, is_prepared=False)
 
 
@@ -276,8 +292,9 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
     Only where nothing but the time tells the two apart.
     """
     fits = type(layer) is nn.Linear and _is_plain(layer) and (activation is None or _is_gelu(activation))
-    if fits and _onednn_takes(x, layer) and _pays(x, layer):
-        return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, *_pointwise(activation))
+    if fits and _onednn_takes(x, layer) and _gains(x, layer):
+        y, weight, bias = _to(_precision(x, layer), x, layer.weight, layer.bias)
+        return _linear(y, layer, weight, bias, activation).to(x.dtype)
     x = layer(x)
     return x if activation is None else activation(x)
 
@@ -286,8 +303,19 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
 _LEAST_WORK = 2**23
 
 
+def _gains(x: Tensor, layer: nn.Linear) -> bool:
+    return _pays(x, layer) or _precision(x, layer) != x.dtype
+
+
 def _pays(x: Tensor, layer: nn.Linear) -> bool:
     return x.numel() * layer.out_features >= _LEAST_WORK and _has_avx512()
+
+
+def _linear(x: Tensor, layer: nn.Linear, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
+    if _pays(x, layer):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_pointwise(activation))
+    x = F.linear(x, weight, bias)
+    return x if activation is None else activation(x)
 
 
 def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:
@@ -301,7 +329,12 @@ def _has_avx512() -> bool:
 
 
 def _onednn_takes(x: Tensor, layer: nn.Module) -> bool:
-    """Whether oneDNN's fused operators can run: on a CPU's plain tensors, with nobody who differentiates or records.
+    """Whether oneDNN's fused operators can run."""
+    return _is_free(x, layer) and torch.backends.mkldnn.enabled and _precision(x, layer) in ONEDNN_DTYPES
+
+
+def _is_free(x: Tensor, layer: nn.Module) -> bool:
+    """Whether other operators may compute a layer: on a CPU's plain tensors, with nobody who differentiates or records.
 
     Ask this before anything about sizes: while a graph is made, a question about sizes would fix them in it.
     """
@@ -316,13 +349,44 @@ def _onednn_takes(x: Tensor, layer: nn.Module) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or is_transformed():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():  # modes that count, for one
-        return False
-    return torch.backends.mkldnn.enabled and x.dtype in _onednn_dtypes()
+    # modes that count, for one
+    return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+
+
+# Products with each weight from which on float32, where half precision is slow, gains more than bringing the weights to
+# it costs (measured with AVX-512)
+_LEAST_USES = 100
+
+
+def _precision(x: Tensor, layer: nn.Linear | nn.Conv2d, is_prepared: bool = False) -> torch.dtype:
+    """What a layer, its weights prepared for that or not, is best computed in; the result is rounded to x's dtype."""
+    if x.dtype not in HALVES or not _is_slow(x.dtype):
+        return x.dtype
+    is_convolution = isinstance(layer, nn.Conv2d)
+    uses = x.numel() // (layer.in_channels * math.prod(layer.stride) if is_convolution else layer.in_features)
+    return torch.float32 if is_prepared or uses >= _LEAST_USES or x.dtype not in ONEDNN_DTYPES else x.dtype
 
 
 @functools.cache
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+def _is_slow(dtype: torch.dtype) -> bool:
+    """Whether products in a half precision take longer on this CPU than in float32.
+
+    By what the processor has, not by a trial, which would go wrong on a busy one.
+    """
+    if dtype not in ONEDNN_DTYPES:  # eight times as long
+        return True
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), None)
+    if flags is None:  # not an x86
+        return False
+    if dtype == torch.float16:
+        return "amx_fp16" not in flags
+    # Intel's AVX-512 in bfloat16 reaches half of float32's rate, AMD's twice of it
+    return "amx_bf16" not in flags and not ("avx512_bf16" in flags and "AuthenticAMD" in text)
+
+
+def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.to(dtype) for x in tensors]

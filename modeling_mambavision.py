@@ -95,7 +95,9 @@ class Downsample(nn.Module):
         self.reduction = nn.Sequential(nn.Conv2d(dim, 2 * dim, 3, 2, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduction(x)
+        if type(self.reduction) is not nn.Sequential or len(self.reduction) != 1 or not is_untouched(self.reduction):
+            return self.reduction(x)
+        return convolution(x, self.reduction[0], None)
 
 
 class DropPath(nn.Module):
@@ -161,7 +163,7 @@ class MambaVisionMixer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         x, z = linear(hidden_states, self.in_proj).chunk(2, dim=-1)  # (B, L, C/2)
         x = _silu_convolve(self.conv1d_x, x)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, STATES, STATES], dim=-1)
+        dt, B, C = linear(x, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
         # The published weights were trained with the bias of dt_proj counted twice. Its second copy comes out of the
         # module, not from its parameter: adapters, quantisers and offloading replace modules.
         dt_bias = self.dt_proj(dt.new_zeros(1, self.dt_rank))[0]

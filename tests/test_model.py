@@ -11,8 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from checkpoints import published_model, published_weights
-from conftest import FIXTURES, SHAPES
-from repository import fusion_mambavision, winograd
+from conftest import FIXTURES, ROOT, SHAPES, run_python
+from repository import fusion_mambavision, selective_scan, winograd
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import (
     DropPath,
@@ -358,11 +358,19 @@ def test_half_precision_stays_finite_and_close(classifier, dtype, scale, autocas
     assert (output.logits.float() - expected).abs().max() < bound * expected.std()
 
 
-@pytest.fixture(params=["AVX2", "AVX512"])
+@pytest.fixture(params=["AVX2", "AVX512", "AVX512 and AMX"])
 def processor(request, monkeypatch):
-    """What the model takes the processor for: without AVX-512 it leaves more of the layers to torch."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    return request.param
+    """What the model takes the processor for.
+
+    Without AVX-512 it leaves more of the layers to torch, and without AMX it computes half precision in float32.
+    """
+    capability = request.param.split()[0]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: "AMX" not in request.param)
+    if capability == "AVX2":
+        for module in (fusion_mambavision, selective_scan):
+            monkeypatch.setattr(module, "ONEDNN_DTYPES", selective_scan.ONEDNN_DTYPES[:1])
+    return capability
 
 
 @pytest.fixture(params=["direct", "winograd"])
@@ -370,6 +378,7 @@ def any_size_pays(request, monkeypatch):
     """Small models too are computed by oneDNN, and their convolution blocks by it or by Winograd's algorithm."""
     monkeypatch.setattr(fusion_mambavision, "_LEAST_WORK", 0)
     monkeypatch.setattr(fusion_mambavision, "_LEAST_MAP", 0)
+    monkeypatch.setattr(fusion_mambavision, "_LEAST_USES", 0)
     monkeypatch.setattr(winograd, "CALL_COST", math.inf if request.param == "direct" else -math.inf)
     return request.param
 
@@ -398,6 +407,124 @@ def test_the_faster_operators_compute_the_same(classifier):
     expected = classifier.to(torch.bfloat16)(pixel_values).logits.detach().float()
     with torch.no_grad():
         assert (classifier(pixel_values).logits - expected).abs().max() < 0.1 * expected.std()
+
+
+@pytest.mark.usefixtures("any_size_pays")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_fused", [False, True])
+@torch.no_grad()
+def test_slow_half_precision_is_computed_in_float32(monkeypatch, dtype, is_fused):
+    """Each layer's result is the exact one of its weights, rounded once: in float64, plus float32's errors."""
+    seen, largest, step = [], torch.finfo(dtype).max, torch.finfo(dtype).eps
+    monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: True)
+    for name in ("_linear", "_convolve", "_convolve_by_winograd"):
+        function = getattr(fusion_mambavision, name)
+        monkeypatch.setattr(
+            fusion_mambavision, name, lambda x, *args, function=function: (seen.append(x.dtype), function(x, *args))[1]
+        )
+
+    def assert_rounded_once(value, exact):
+        assert value.dtype == dtype and exact.abs().max() < largest
+        assert ((value - exact).abs() <= 0.5 * step * exact.abs() + 1e-5 * exact.std()).all()
+
+    def exact(layer):
+        return copy.deepcopy(layer).double()
+
+    layer, gelu = nn.Linear(64, 96).to(dtype), nn.GELU()
+    x = torch.randn(2, 49, 64).to(dtype)
+    fast = fusion_mambavision.FusedLinear(copy.deepcopy(layer), gelu) if is_fused else None
+    assert_rounded_once(
+        fast(x) if is_fused else fusion_mambavision.linear(x, layer, gelu), gelu(exact(layer)(x.double()))
+    )
+
+    x = torch.randn(2, 16, 30, 20).to(dtype, memory_format=torch.channels_last)
+    conv, norm, tanh = nn.Conv2d(16, 24, 3, 1, 1).to(dtype), nn.BatchNorm2d(24).to(dtype).eval(), nn.GELU("tanh")
+    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        tensor.uniform_(0.5, 2)
+    down = nn.Conv2d(16, 24, 3, 2, 1, bias=False).to(dtype)
+    if is_fused:  # the folded weights are kept in half precision
+        conv, norm = fusion_mambavision._folded(conv, norm), nn.Identity()
+        assert_rounded_once(fusion_mambavision.FusedConv2d(copy.deepcopy(conv))(x), exact(conv)(x.double()))
+        assert_rounded_once(fusion_mambavision.FusedConv2d(copy.deepcopy(down))(x), exact(down)(x.double()))
+    else:
+        assert_rounded_once(
+            fusion_mambavision.convolution(x, conv, norm, tanh), tanh(exact(norm)(exact(conv)(x.double())))
+        )
+        assert_rounded_once(fusion_mambavision.convolution(x, down, None), exact(down)(x.double()))
+    has_onednn = torch.backends.mkldnn.is_available()
+    assert seen == [torch.float32] * 3 * has_onednn
+
+
+OLDER_PROCESSOR = """
+import sys, torch
+from transformers import AutoModelForImageClassification
+
+assert torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+torch.manual_seed(0)
+pixel_values = torch.randn(2, 3, 56, 56)
+load = AutoModelForImageClassification.from_pretrained
+with torch.inference_mode():
+    expected = load(sys.argv[1], trust_remote_code=True)(pixel_values).logits
+    for dtype in (torch.bfloat16, torch.float16):
+        half = load(sys.argv[1], trust_remote_code=True, dtype=dtype)
+        for model in (half, half.fuse()):
+            with torch.profiler.profile() as profile:
+                logits = model(pixel_values).logits
+            assert logits.dtype == dtype and (logits - expected).abs().max() < 0.1 * expected.std()
+            assert not any("slow_conv" in event.key for event in profile.key_averages())
+"""
+
+
+@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="a processor without AVX2")
+def test_half_precision_on_a_processor_without_it():
+    """What torch has of its own for convolutions in half precision takes twenty times as long as in float32."""
+    run_python(OLDER_PROCESSOR, ROOT, ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+
+
+@torch.no_grad()
+def test_small_layers_in_half_precision_stay_in_it(monkeypatch):
+    """Bringing their weights to float32 would take longer; weights that are kept in it are used at any size."""
+    monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: True)
+    monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.float32, torch.bfloat16, torch.float16))
+    precision = fusion_mambavision._precision
+    for dtype in (torch.bfloat16, torch.float16):
+        layer, conv = nn.Linear(64, 96).to(dtype), nn.Conv2d(64, 96, 3, 2, 1).to(dtype)
+        for positions, expected in ((99, dtype), (100, torch.float32)):
+            assert precision(torch.zeros(1, positions, 64, dtype=dtype), layer) == expected
+            assert precision(torch.zeros(1, 64, 4, positions, dtype=dtype), conv) == expected
+        assert precision(torch.zeros(1, 1, 64, dtype=dtype), layer, is_prepared=True) == torch.float32
+    monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.float32,))
+    assert precision(torch.zeros(1, 1, 64, dtype=dtype), layer) == torch.float32
+    assert precision(torch.zeros(1, 999, 64), nn.Linear(64, 96)) == torch.float32
+    assert precision(torch.zeros(1, 999, 64).double(), nn.Linear(64, 96).double()) == torch.float64
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, bfloat16, float16",
+    [
+        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16 avx512_fp16", True, True),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512_bf16 amx_bf16 amx_tile avx512_fp16", False, True),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: amx_bf16 avx512_fp16 amx_fp16", False, False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: avx512f", True, True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512f avx512_bf16", False, True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: avx512f", True, True),
+        ("CPU implementer\t: 0x41\nFeatures\t: fp asimd bf16", False, False),
+        (None, False, False),
+    ],
+)
+def test_where_half_precision_is_slow(monkeypatch, cpuinfo, bfloat16, float16):
+    def read_text(self, **_):
+        assert str(self) == "/proc/cpuinfo"
+        if cpuinfo is None:
+            raise FileNotFoundError
+        return f"processor\t: 0\n{cpuinfo}\nbugs\t: none\n"
+
+    monkeypatch.setattr(fusion_mambavision.Path, "read_text", read_text)
+    is_slow = fusion_mambavision._is_slow.__wrapped__
+    for knows in (True, False):
+        monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.bfloat16, torch.float16) if knows else ())
+        assert is_slow(torch.bfloat16) == (bfloat16 or not knows)
+        assert is_slow(torch.float16) == (float16 or not knows)
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")
@@ -551,7 +678,7 @@ def test_folded_weights_in_half_precision_are_rounded_once():
     conv, norm = nn.Conv2d(8, 8, 3).bfloat16(), nn.BatchNorm2d(8).bfloat16()
     norm.weight.uniform_(0.5, 2)
     norm.running_var.uniform_(0.5, 2)
-    weight = fusion_mambavision._folded_weights(conv, norm)[0].double()
+    weight = fusion_mambavision._folded_weights(conv, norm, torch.bfloat16)[0].double()
     scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
     expected = conv.weight.double() * scale.view(-1, 1, 1, 1)
     assert ((weight - expected).abs() <= 1.01 * 2**-8 * expected.abs()).all()
