@@ -749,6 +749,7 @@ with suppress(ImportError):  # transformers 5
         def reverse_transform(self):
             return self
 
+    # by the type, not by the class, which transformers before 5.9 does not look for
     register_checkpoint_conversion_mapping(
-        "MambaVisionBackbone", [_NameOfTheMixer(r"mixer\.o_proj\.", "mixer.out_proj.")], overwrite=True
+        MambaVisionConfig.model_type, [_NameOfTheMixer(r"mixer\.o_proj\.", "mixer.out_proj.")], overwrite=True
     )

@@ -152,7 +152,7 @@ def published():
     return import_published(install("mambavision-1.2.0", "--no-deps", "mambavision==1.2.0"))
 
 
-@pytest.fixture(scope="session", params=["4.50.0", "4.57.6"])
+@pytest.fixture(scope="session", params=["4.50.0", "4.57.6", "5.4.0"])
 def older_transformers(request) -> Path:
     """A folder with an older transformers and its dependencies; for `run_python(..., overlay=...)`."""
     return install(f"transformers-{request.param}", f"transformers=={request.param}")

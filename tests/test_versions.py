@@ -178,6 +178,37 @@ def check_reloading(folder):
         assert torch.allclose(model.model.head(features(x)[0]), expected, atol=1e-5)
 
 
+def check_detector(folder):
+    """DETR renames every `out_proj` of a checkpoint in transformers 5, and the mixers have one of their own."""
+    import torch
+    from transformers import AutoBackbone, AutoConfig, DetrConfig, DetrForObjectDetection, __version__
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    backbone = AutoBackbone.from_config(config, trust_remote_code=True)
+    AutoConfig.register("mambavision", type(config), exist_ok=True)
+    AutoBackbone.register(type(config), type(backbone), exist_ok=True)
+    config = DetrConfig(
+        backbone_config=config,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=5,
+    )
+    model = DetrForObjectDetection(config)
+    model.save_pretrained(f"{folder}-detr-{__version__}")
+    again, info = DetrForObjectDetection.from_pretrained(f"{folder}-detr-{__version__}", output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    weights = model.state_dict()
+    assert "mixer.out_proj" in str(weights.keys())
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
 CHECKS = [
     check_classification_pipeline,
     check_feature_pipeline,
@@ -245,9 +276,13 @@ def test_newest_reloads_what_it_saved(folder, tmp_path):
     run_checks([check_reloading], moved(folder, transformers.__version__, tmp_path))
 
 
+def test_newest_detector(folder):
+    run_checks([check_detector], folder)
+
+
 def test_older(folder, older_transformers, tmp_path):
     """All checks; then the older version reloads what it saved, as above, and so does the newest."""
-    run_checks(CHECKS, folder, older_transformers)
+    run_checks([*CHECKS, check_detector], folder, older_transformers)
     saved = moved(folder, older_transformers.name.removeprefix("transformers-"), tmp_path)
     run_checks([check_reloading], saved, older_transformers)
     check_reloading(str(saved))
