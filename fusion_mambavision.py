@@ -88,7 +88,7 @@ def _fuse_branch(block: nn.Module, name: str, last: str, gamma_name: str) -> Non
         setattr(block, gamma_name, None)
     if name == "mlp" and _is_plain(branch.fc1) and _is_gelu(branch.act):
         branch.fc1, branch.act = FusedLinear(branch.fc1, branch.act), nn.Identity()
-    for layer in ("in_proj", "qkv", last):
+    for layer in ("in_proj", "x_proj", "qkv", last):
         if _is_plain(getattr(branch, layer, None)):
             setattr(branch, layer, FusedLinear(getattr(branch, layer)))
 
@@ -101,10 +101,11 @@ def _is_plain(layer: nn.Module | None) -> bool:
 
 
 def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    return _is_usual(conv) and _is_affine(norm)
+    return _is_plain_conv(conv) and _is_affine(norm)
 
 
-def _is_usual(conv: nn.Module | None) -> bool:
+def _is_plain_conv(conv: nn.Module | None) -> bool:
+    """Whether it is one, with zeros at the borders."""
     return type(conv) is nn.Conv2d and _is_plain(conv) and _pads_with_zeros(conv)
 
 
@@ -176,14 +177,14 @@ class _Fused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._can_fuse(x):
             return self.layer(x) if self.gelu is None else self.gelu(self.layer(x))
-        dtype = _precision(x, self.layer, is_prepared=True)
-        return self._compute(x.to(dtype), *_to(dtype, self.layer.bias)).to(x.dtype)
+        y, bias = _to(_precision(x, self.layer, is_prepared=True), x, self.layer.bias)
+        return self._compute(y, bias).to(x.dtype)
 
     def _packed(self, pack, dtype: torch.dtype, *args) -> Tensor:
         """pack(weight, *args) of the weight in a precision, kept until the weights are others."""
         weight = self.layer.weight
         # what tells of other weights; tensors made in inference mode do not count their changes
-        state = (weight.data_ptr(), weight.dtype, dtype, 0 if weight.is_inference() else weight._version)
+        state = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
         packed = self.packed.get(pack)  # once: another thread may put its own there
         if packed is None or packed[0]() is not weight or packed[1] != state:
             packed = self.packed[pack] = (weakref.ref(weight), state, pack(weight.to(dtype), *args))
@@ -260,8 +261,8 @@ _LEAST_MAP = 2**16
 
 def _folds(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
     if norm is None:
-        return _is_usual(conv) and _onednn_takes(x, conv) and _precision(x, conv) != x.dtype
-    if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _is_free(x, norm):
+        return _is_plain_conv(conv) and _onednn_takes(x, conv) and _precision(x, conv) != x.dtype and x.ndim == 4
+    if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _may_replace(x, norm):
         return False
     if _precision(x, conv) != x.dtype:
         return True
@@ -330,10 +331,10 @@ def _has_avx512() -> bool:
 
 def _onednn_takes(x: Tensor, layer: nn.Module) -> bool:
     """Whether oneDNN's fused operators can run."""
-    return _is_free(x, layer) and torch.backends.mkldnn.enabled and _precision(x, layer) in ONEDNN_DTYPES
+    return _may_replace(x, layer) and torch.backends.mkldnn.enabled and _precision(x, layer) in ONEDNN_DTYPES
 
 
-def _is_free(x: Tensor, layer: nn.Module) -> bool:
+def _may_replace(x: Tensor, layer: nn.Module) -> bool:
     """Whether other operators may compute a layer: on a CPU's plain tensors, with nobody who differentiates or records.
 
     Ask this before anything about sizes: while a graph is made, a question about sizes would fix them in it.

@@ -73,9 +73,12 @@ if hasattr(os, "register_at_fork"):
 def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()
-    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    has_float16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return (torch.float32, *[torch.bfloat16] * has_bfloat16, *[torch.float16] * has_float16)
+    has = {
+        torch.float32: True,
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return tuple(dtype for dtype in has if has[dtype])
 
 
 # In which oneDNN, and with it torch's fast operators, computes on this CPU
@@ -501,7 +504,8 @@ _blocked_scan.register_autograd(_backward, setup_context=_save_for_backward)
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     """As a convolution of images one pixel high: for those, torch has kernels for the layout of x, channels last."""
     if x.device.type == "cpu" and x.dtype in HALVES and x.dtype not in ONEDNN_DTYPES:
-        return _convolve(x.float(), weight.float()).to(x.dtype)  # torch's own in half precision takes 20 times as long
+        # torch's own convolutions in half precision take 20 times as long
+        return _in_full_precision(_convolve)(x.float(), weight.float()).to(x.dtype)
     image = x.transpose(1, 2).unsqueeze(2)
     return F.silu(F.conv2d(image, weight.unsqueeze(2), padding=(0, 1), groups=len(weight)).squeeze(2).transpose(1, 2))
 

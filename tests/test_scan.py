@@ -186,6 +186,23 @@ def test_autocast_changes_nothing(form, dtype):
         assert torch.equal(value, gradient)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_convolution_in_half_precision_without_onednn(monkeypatch, dtype, autocast):
+    """In float32 up to the end, also under autocast; compiled, it stays one graph."""
+    monkeypatch.setattr(scan_module, "ONEDNN_DTYPES", (torch.float32,))
+    x, weight = torch.randn(2, 49, 16).to(dtype), torch.randn(16, 1, 3).to(dtype)
+    exact = F.silu(F.conv1d(x.double().transpose(1, 2), weight.double(), padding=1, groups=16)).transpose(1, 2)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        for convolve in (
+            scan_module.silu_convolve,
+            torch.compile(scan_module.silu_convolve, backend="eager", fullgraph=True),
+        ):
+            value = convolve(x, weight)
+            assert value.dtype == dtype
+            assert ((value - exact).abs() <= 0.5 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+
+
 def test_compiled_scan_keeps_one_graph_and_gives_the_same():
     inputs = [x.requires_grad_() for x in random_inputs(2, 49, 12, dtype=torch.float32)]
     compiled = torch.compile(lambda *x: F.silu(selective_scan(*x)), fullgraph=True)
