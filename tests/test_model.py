@@ -466,6 +466,7 @@ def test_slow_half_precision_is_computed_in_float32(monkeypatch, dtype, is_fused
         assert_rounded_once(fusion_mambavision.convolution(x, down, None), exact(down)(x.double()))
     has_onednn = torch.backends.mkldnn.is_available()
     assert seen == [torch.float32] * 4 * has_onednn
+    torch.testing.assert_close(fusion_mambavision.convolution(x[0], down, None), down(x[0]))  # a map without a batch
 
 
 OLDER_PROCESSOR = """
