@@ -275,16 +275,19 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, a
     x = torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, *_pointwise(gelu)
     )
-    if type(activation) is nn.ReLU and is_untouched(activation):
-        return x.relu_()
-    return x if activation is gelu else activation(x)
+    return x if activation is gelu else _activated(x, activation)
 
 
 def _convolve_by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
     """The same of weights that `winograd_filters` gave."""
     gelu = activation is not None and _is_gelu(activation) and activation.approximate == "tanh"
     x = winograd_convolution(x, weight, bias, gelu)
-    return x if activation is None or gelu else activation(x)
+    return x if activation is None or gelu else _activated(x, activation)
+
+
+def _activated(x: Tensor, activation: nn.Module) -> Tensor:
+    """An activation of what nobody else holds."""
+    return x.relu_() if type(activation) is nn.ReLU and is_untouched(activation) else activation(x)
 
 
 def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:

@@ -9,15 +9,16 @@ Source: Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 
 
 from contextlib import suppress
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.upernet import modeling_upernet as upernet
 
 from .configuration_mambavision import MambaVisionConfig
+from .fusion_mambavision import convolution
 from .modeling_mambavision import MambaVisionBackbone
 
 
 with suppress(ImportError):  # named here for transformers 4, which takes along only what this very file imports
-    from .fusion_mambavision import fused_copy  # noqa: F401
     from .selective_scan import selective_scan  # noqa: F401
     from .selective_scan_triton import scan  # noqa: F401
     from .winograd import winograd_convolution  # noqa: F401
@@ -92,12 +93,27 @@ class UperNetForSemanticSegmentation(upernet.UperNetForSemanticSegmentation):
     def __init__(self, config: MambaVisionUperNetConfig):
         PreTrainedModel.__init__(self, config)  # not the parent's, which asks transformers' registry for the backbone
         self.backbone = MambaVisionBackbone(config.backbone_config)
-        self.decode_head = upernet.UperNetHead(config, in_channels=self.backbone.channels)
+        self.decode_head = _Head(config, in_channels=self.backbone.channels)
         self.auxiliary_head = _auxiliary_head(config, self.backbone.channels) if config.use_auxiliary_head else None
+        for module in self.modules():
+            if type(module) is upernet.UperNetConvModule:
+                module.__class__ = _ConvModule
         self.post_init()
 
     def get_input_embeddings(self):
         return self.backbone.get_input_embeddings()
+
+
+class _Head(upernet.UperNetHead):
+    def forward(self, encoder_hidden_states: tuple[Tensor, ...]) -> Tensor:
+        return super().forward(encoder_hidden_states).contiguous()  # `view` does not take the convolutions' layout
+
+
+class _ConvModule(upernet.UperNetConvModule):
+    """The heads' convolutions, which take most of the time, in half of it where that is possible."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolution(input, self.conv, self.batch_norm, self.activation)
 
 
 def _auxiliary_head(config: MambaVisionUperNetConfig, channels: list[int]) -> upernet.UperNetFCNHead:

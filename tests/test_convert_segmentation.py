@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 import types
@@ -15,6 +16,7 @@ from checkpoints import SMALL_VARIANT, convert, converted, save, save_mm, shapes
 from conftest import SHAPES, install, run_python
 from huggingface_hub import ModelCard
 from PIL import Image
+from repository import fusion_mambavision, winograd
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.conversion import plan as plan_module
 from repository.conversion.errors import ConversionError
@@ -437,6 +439,37 @@ def test_trains_and_saves_with_its_code(small_model, tmp_path):
     torch.save(pixels, tmp_path / "pixels.pt")
     run_python(RELOAD, tmp_path / "saved", tmp_path / "pixels.pt", tmp_path / "logits.pt")
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
+
+
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+def test_the_heads_convolutions_are_faster_and_the_same(small_model, monkeypatch, algorithm):
+    """In inference; with gradients they are torch's own."""
+    monkeypatch.setattr(fusion_mambavision, "_LEAST_MAP", 0)
+    monkeypatch.setattr(winograd, "CALL_COST", math.inf if algorithm == "direct" else -math.inf)
+    monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: True)
+    for module in small_model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
+                tensor.uniform_(0.5, 1.5)
+    small_model.eval()
+    pixels, operator = image((2, 3, 160, 100)), "aten::unfold" if algorithm == "winograd" else "mkldnn::_convolution"
+    expected = small_model(pixels).logits.detach()
+    maps = [x.detach() for x in small_model.backbone(pixels).feature_maps]
+
+    def takes(head, maps):
+        with torch.profiler.profile() as profile:
+            assert head(maps).is_contiguous() or head is small_model.auxiliary_head
+        return any(event.key.startswith(operator) for event in profile.key_averages())
+
+    with torch.no_grad():
+        value = small_model(pixels).logits
+        assert (value - expected).abs().max() < 1e-5 * expected.std()
+        assert takes(small_model.decode_head, maps) == torch.backends.mkldnn.is_available()
+        half = small_model.to(torch.bfloat16)(pixels).logits
+        assert half.dtype == torch.bfloat16 and (half - expected).abs().max() < 0.1 * expected.std()
+        maps = [x.bfloat16() for x in maps]
+        for head in (small_model.decode_head, small_model.auxiliary_head):
+            assert takes(head, maps) == torch.backends.mkldnn.is_available()
 
 
 def test_a_fresh_model_is_finite(small_model):
