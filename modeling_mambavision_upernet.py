@@ -110,7 +110,7 @@ class _Head(upernet.UperNetHead):
 
 
 class _ConvModule(upernet.UperNetConvModule):
-    """The heads' convolutions, which take most of the time, in half of it where that is possible."""
+    """The heads' convolutions, which take most of the time, by the faster operators where these can run."""
 
     def forward(self, input: Tensor) -> Tensor:
         return convolution(input, self.conv, self.batch_norm, self.activation)
