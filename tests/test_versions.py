@@ -1,4 +1,4 @@
-"""The repository under the newest transformers, and under the oldest and one between that it supports.
+"""The repository under the newest transformers, under the oldest that it supports, and under some between.
 
 Each check is a function that needs nothing but its arguments. It runs in this process under the installed transformers,
 and in a new one under the older versions. The model card's snippets have their own file, test_published_usage.py.
