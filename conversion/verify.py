@@ -48,11 +48,6 @@ def verify(folder: Path, plan: Plan, written: dict[str, Written], official: bool
     # A dense model pads any image to its windows, which are far larger than this.
     side = min(plan.backbone.resolution, 512) if plan.task is CLASSIFICATION else 128
     image = torch.randn(1, plan.backbone.in_chans, side, side, generator=torch.Generator().manual_seed(0))
-    if model.dtype is torch.bfloat16 and plan.task is not CLASSIFICATION:
-        # In float32, in which the decoder's convolutions are many times faster on a CPU and whose range is the same:
-        # nothing is finite in one and not in the other. float16 stays, for what overflows in it would not in float32.
-        # Classifiers stay, too: they are fast enough, and a second copy of the largest takes 3 GB.
-        model.float()
     output = model(image)
     outputs = output.feature_maps if plan.task is BACKBONE else [output.logits]
     if not all(values.isfinite().all() for values in outputs):
