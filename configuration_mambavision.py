@@ -245,7 +245,8 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
                     f"{self.num_heads[stage]} heads for {self.hidden_sizes[stage]} channels (dim={self.dim})"
                 )
         if not (_is_number(self.mlp_ratio) and self.mlp_ratio * self.dim * 4 >= 1):
-            raise ValueError(f"mlp_ratio must be a positive number, got {self.mlp_ratio!r}")
+            expected = f"a number that gives the MLPs at least one hidden channel (dim={self.dim})"
+            raise ValueError(f"mlp_ratio must be {expected}, got {self.mlp_ratio!r}")
         if not (_is_number(self.drop_path_rate) and 0 <= self.drop_path_rate < 1):
             raise ValueError(f"drop_path_rate must be a number in [0, 1), got {self.drop_path_rate!r}")
         for field in ("qkv_bias", "out_norm"):

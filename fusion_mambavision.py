@@ -50,7 +50,7 @@ def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Modul
             stem[i + 2].inplace = is_untouched(stem[i + 2])  # not oneDNN's, which makes 0 of what is no number
     for level in net.levels:
         reduction = getattr(level.downsample, "reduction", None)
-        if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain(reduction[0]):
+        if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain_conv(reduction[0]):
             reduction[0] = FusedConv2d(copy.deepcopy(reduction[0]))
         for block in filter(is_known, level.blocks):
             if not hasattr(block, "mixer"):
@@ -81,23 +81,21 @@ def _fuse_conv_block(block: nn.Module) -> None:
 def _fuse_branch(block: nn.Module, name: str, last: str, gamma_name: str) -> None:
     """Of a block of tokens: its mixer or its MLP, whose result `last` computes and a layer scale multiplies."""
     branch, gamma = getattr(block, name), getattr(block, gamma_name)
-    if gamma is not None and _is_plain(getattr(branch, last)):
+    if gamma is not None and _is_plain(getattr(branch, last), nn.Linear):
         branch = copy.deepcopy(branch)  # another block may use it too
         setattr(block, name, branch)
         _scale(getattr(branch, last), gamma)
         setattr(block, gamma_name, None)
-    if name == "mlp" and _is_plain(branch.fc1) and _is_gelu(branch.act):
+    if name == "mlp" and _is_plain(branch.fc1, nn.Linear) and _is_gelu(branch.act):
         branch.fc1, branch.act = FusedLinear(branch.fc1, branch.act), nn.Identity()
     for layer in ("in_proj", "x_proj", "qkv", last):
-        if _is_plain(getattr(branch, layer, None)):
+        if _is_plain(getattr(branch, layer, None), nn.Linear):
             setattr(branch, layer, FusedLinear(getattr(branch, layer)))
 
 
-def _is_plain(layer: nn.Module | None) -> bool:
-    """Whether a layer is torch's own, neither quantised nor adapted nor hooked: the others stay as they are."""
-    if type(layer) not in (nn.Linear, nn.Conv2d, nn.BatchNorm2d) or type(layer.weight) is not nn.Parameter:
-        return False
-    return is_untouched(layer)
+def _is_plain(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a layer is torch's own of a kind, neither quantised nor adapted nor hooked: others stay as they are."""
+    return type(layer) is kind and type(layer.weight) is nn.Parameter and is_untouched(layer)
 
 
 def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
@@ -105,21 +103,17 @@ def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 
 
 def _is_plain_conv(conv: nn.Module | None) -> bool:
-    """Whether it is one, with zeros at the borders."""
-    return type(conv) is nn.Conv2d and _is_plain(conv) and _pads_with_zeros(conv)
+    """The same of a convolution with zeros at the borders."""
+    return _is_plain(conv, nn.Conv2d) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _is_affine(norm: nn.Module | None) -> bool:
     """Whether a norm is a BatchNorm that computes with the statistics it has, not with those of the batch."""
-    return type(norm) is nn.BatchNorm2d and _is_plain(norm) and not norm.training and norm.running_var is not None
+    return _is_plain(norm, nn.BatchNorm2d) and not norm.training and norm.running_var is not None
 
 
 def _is_gelu(activation: nn.Module | None) -> bool:
     return type(activation) is nn.GELU and is_untouched(activation)
-
-
-def _pads_with_zeros(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _folded_weights(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -191,9 +185,7 @@ class _Fused(nn.Module):
         return packed[2]
 
     def _can_fuse(self, x: Tensor) -> bool:
-        if not _is_plain(self.layer) or not _onednn_takes(x, self.layer):
-            return False
-        return self.gelu is None or is_untouched(self.gelu)
+        return _onednn_takes(x, self.layer) and (self.gelu is None or is_untouched(self.gelu))
 
     def _apply(self, *args, **kwargs):
         self.packed = {}  # the weights move, or change their precision
@@ -217,7 +209,7 @@ class FusedConv2d(_Fused):
         super().__init__(layer.to(memory_format=torch.channels_last), gelu)  # or each call copies the weights
 
     def _can_fuse(self, x: Tensor) -> bool:
-        return super()._can_fuse(x) and _pads_with_zeros(self.layer)
+        return _is_plain_conv(self.layer) and super()._can_fuse(x)
 
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         c = self.layer
@@ -230,7 +222,7 @@ class FusedConv2d(_Fused):
 
 class FusedLinear(_Fused):
     def _can_fuse(self, x: Tensor) -> bool:
-        return super()._can_fuse(x) and _gains(x, self.layer)
+        return _is_plain(self.layer, nn.Linear) and super()._can_fuse(x) and _gains(x, self.layer)
 
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         pack = torch.ops.mkldnn._reorder_linear_weight if _pays(x, self.layer) else Tensor.contiguous
@@ -295,7 +287,7 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
 
     Only where nothing but the time tells the two apart.
     """
-    fits = type(layer) is nn.Linear and _is_plain(layer) and (activation is None or _is_gelu(activation))
+    fits = _is_plain(layer, nn.Linear) and (activation is None or _is_gelu(activation))
     if fits and _onednn_takes(x, layer) and _gains(x, layer):
         y, weight, bias = _to(_precision(x, layer), x, layer.weight, layer.bias)
         return _linear(y, layer, weight, bias, activation).to(x.dtype)

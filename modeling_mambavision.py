@@ -78,13 +78,16 @@ class PatchEmbed(nn.Module):
             raise TypeError(f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}")
         if not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be normalised, floating-point images, got {pixel_values.dtype}")
-        channels = getattr(self.conv_down[0], "in_channels", None)  # code may put another module there
+        first = next(self.conv_down.children(), None)
+        channels = getattr(first, "in_channels", None)  # code may put another module there
         if pixel_values.ndim != 4 or (channels is not None and pixel_values.shape[1] != channels):
             expected = f"(batch, {channels or 'channels'}, height, width)"
             raise ValueError(f"pixel_values must have shape {expected}, got {tuple(pixel_values.shape)}")
         if pixel_values.shape[2] == 0 or pixel_values.shape[3] == 0:
             raise ValueError(f"pixel_values must have sides of at least 1 pixel, got {tuple(pixel_values.shape)}")
-        return pixel_values.to(self.conv_down[3].weight.dtype)
+        weights = (getattr(module, "weight", None) for module in self.conv_down.modules())
+        dtypes = (x.dtype for x in weights if isinstance(x, Tensor) and x.is_floating_point())
+        return pixel_values.to(next(dtypes, pixel_values.dtype))
 
 
 class Downsample(nn.Module):
@@ -213,7 +216,7 @@ class Attention(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(channels)) v, all (B, heads, L, channels)."""
     is_half, is_short = q.dtype in (torch.bfloat16, torch.float16), q.shape[-2] <= 256
-    if q.device.type == "cpu" and is_half and is_short and q.requires_grad:
+    if q.device.type == "cpu" and is_half and is_short and q.requires_grad and not torch.jit.is_tracing():
         # the gradients of torch's own are slow here: with them it takes 2 to 8 times as long (torch 2.15)
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -376,6 +379,7 @@ class MambaVision(nn.Module):
         return maps
 
     def pool(self, last_map: Tensor) -> Tensor:
+        """The fourth map (B, C, H, W) to features (B, C): normalised, and averaged over the image."""
         return self.avgpool(self.norm(last_map)).flatten(1)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -411,8 +415,10 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """transformers' `from_pretrained`; `in_chans` may differ from the checkpoint's (see `set_input_channels`)."""
-        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+        if "num_channels" in kwargs:  # transformers' name
+            kwargs["in_chans"] = kwargs.pop("num_channels")
         wanted = kwargs.get("in_chans") if config is None else getattr(config, "in_chans", None)
+        load = partial(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         if wanted is None or pretrained_model_name_or_path is None:
             return load(config=config)
         source = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
@@ -585,15 +591,15 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor,
-        return_dict: bool | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **absent: None,
     ) -> MambaVisionModelOutput | tuple[Tensor, list[Tensor]]:
         """
         Args:
             pixel_values: (B, in_chans, H, W) normalised images, any H, W >= 1.
-            return_dict: False for the plain tuple (pooled, maps).
             output_hidden_states: accepted for the sake of transformers' callers; the maps are always given.
+            return_dict: False for the plain tuple (pooled, maps).
             absent: what callers such as peft give to any model, without a value.
 
         Raises:
@@ -677,7 +683,9 @@ class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
         if labels.is_floating_point() or labels.shape not in ((batch,), (batch, 1)):
             raise ValueError(f"labels must be {batch} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
         labels = labels.long().view(-1)
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():  # a look would stall other devices
+        # a look would stall other devices, and where a graph is made or a batch hidden there is nothing to see
+        is_plain = type(labels) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
+        if is_plain and labels.device.type == "cpu":
             wrong = labels[((labels < 0) | (labels >= count)) & (labels != -100)]
             if len(wrong):
                 raise ValueError(f"labels must be in 0 ... {count - 1} (or -100), got {wrong[0].item()}")
@@ -716,6 +724,10 @@ class MambaVisionBackbone(BackboneMixin, MambaVisionPreTrainedModel):
             output_hidden_states: whether to give all four maps too, before `out_norm`.
             output_attentions: accepted for the sake of transformers' callers; there are none to give.
             return_dict: False for a plain tuple (maps,) or (maps, all maps).
+
+        Raises:
+            TypeError, ValueError: `pixel_values` is not such a tensor, or `out_features` were changed to a map that has
+                no `out_norm`.
         """
         maps = self.model.forward_maps(pixel_values)
         chosen = [i for i, name in enumerate(self.stage_names) if name in self.out_features]

@@ -28,8 +28,8 @@ class MambaVisionUperNetConfig(PretrainedConfig):
     """Settings of a MambaVision backbone and of the UPerNet on its four maps.
 
     Args:
-        backbone_config: settings of the backbone: a `MambaVisionConfig`, or its fields; its `out_indices` are the four
-            stages where it names none.
+        backbone_config: settings of the backbone: a `MambaVisionConfig` whose `out_indices` are all four stages, or its
+            fields, which need not name them.
         hidden_size: channels of the decoder.
         pool_scales: sides of the pooled maps in the decoder's pyramid.
         use_auxiliary_head: whether there is a second, small head on the third stage's map, for training.
@@ -40,7 +40,7 @@ class MambaVisionUperNetConfig(PretrainedConfig):
         kwargs: `num_labels` or `id2label`, and all that transformers' `PretrainedConfig` takes.
 
     Raises:
-        ValueError: the backbone's settings are none that it can have.
+        ValueError: the backbone's settings are none that it can have, or leave out a stage's map.
     """
 
     model_type = "mambavision_upernet"
@@ -63,6 +63,8 @@ class MambaVisionUperNetConfig(PretrainedConfig):
         if not isinstance(backbone_config, PretrainedConfig):
             fields = {"out_indices": [0, 1, 2, 3], "num_labels": 0, **(backbone_config or {})}
             backbone_config = MambaVisionConfig(**fields)
+        if list(backbone_config.out_indices) != [0, 1, 2, 3]:
+            raise ValueError(f"backbone_config must give all four stages, got {backbone_config.out_indices=}")
         self.backbone_config = backbone_config
         self.hidden_size = hidden_size
         self.pool_scales = list(pool_scales)
@@ -79,13 +81,14 @@ class MambaVisionUperNetConfig(PretrainedConfig):
 
 
 class UperNetForSemanticSegmentation(upernet.UperNetForSemanticSegmentation):
-    """transformers' class of this name, its pipelines know it by that, with a MambaVision as its backbone.
+    """transformers' class with a MambaVision as its backbone, under its name: transformers' pipelines know it by that.
 
-    Takes `pixel_values` (B, 3, H, W) and, for a loss, `labels` (B, H, W); gives `logits` (B, num_labels, H, W).
+    Takes `pixel_values` (B, in_chans, H, W) and, for a loss, `labels` (B, H, W); gives `logits` (B, num_labels, H, W).
     """
 
     config_class = MambaVisionUperNetConfig
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # its loss is a mean: Trainer divides it by the steps of gradient accumulation
     _no_split_modules = MambaVisionBackbone._no_split_modules
     _keep_in_fp32_modules = MambaVisionBackbone._keep_in_fp32_modules
     _keep_in_fp32_modules_strict = MambaVisionBackbone._keep_in_fp32_modules_strict

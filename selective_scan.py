@@ -96,7 +96,9 @@ def selective_scan(
             a form in torch's own operators takes the place of all of them.
 
     Raises:
-        ValueError: the shapes do not fit, or there is no such backend.
+        ValueError: the shapes do not fit, or there is no such backend, or "triton" is to compute a number of states
+            that is no power of two.
+        TypeError: "mamba_ssm" is to compute float64.
         RuntimeError: the backend was asked for by name and cannot run here.
     """
     _check_shapes(u, dt, A, B, C, D, dt_bias)
@@ -125,7 +127,7 @@ def scan_concat(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor, weight: Tensor
 ) -> Tensor:
     """cat([selective_scan(u, ...), silu_convolve(z, weight)], -1), written by the kernels where it belongs on a GPU."""
-    if backend_on(u.device) == "triton" and not is_traced_for_export() and not is_transformed():
+    if backend_on(u.device) == "triton" and not is_transformed():
         return _triton_scan_concat(u, dt, A, B, C, D, dt_bias, z, weight)
     return torch.cat([selective_scan(u, dt, A, B, C, D, dt_bias), silu_convolve(z, weight)], dim=-1)
 
@@ -455,7 +457,7 @@ def _tile(batch: int, length: int, channels: int, states: int) -> tuple[int, int
 
 # The blocked scan as an operator: torch.compile then keeps one graph and does not unroll the loop over the steps. The
 # namespace carries this module's name, for transformers loads each model folder's code as modules of its own.
-_NAMESPACE = "mambavision_" + "".join(c if c.isalnum() else "_" for c in __name__)
+_NAMESPACE = "mambavision_" + "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}" for c in __name__)
 _blocked_scan = torch.library.custom_op(f"{_NAMESPACE}::blocked_scan", _blocked_forward, mutates_args=())
 _blocked_scan_backward = torch.library.custom_op(
     f"{_NAMESPACE}::blocked_scan_backward", _blocked_backward, mutates_args=()

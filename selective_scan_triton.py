@@ -16,12 +16,12 @@ The last dimension of u, dt, B, C and z should be contiguous (else it is copied)
 slices of a projection's output are read where they are. Accumulation is in float32, or float64 where u is. Gradients
 are deterministic: what several programs contribute to is written apart and added in a fixed order, without atomics.
 
-How it works. A program has one sequence, or a chunk of one, and a block of its channels, a lane of a warp for each, and
-walks the steps with the state (states, block) in registers. Where there are too few sequences to fill the device, a
-first pass scans all chunks from zero, keeping their last states and sums of steps; a second carries states across the
-chunks (the decay over a chunk is exp(A * sum of steps): a product of decays, never a quotient); then the chunks are
-scanned from the right states. The backward pass does the same from the end. It starts from the states that the forward
-pass saved every `_INTERVAL` steps and recomputes those between.
+How it works. A program, which is one warp, has one sequence, or a chunk of one, and a block of its channels, and walks
+the steps with the state (states, block) in registers. Where there are too few sequences to fill the device, a first
+pass scans all chunks from zero, keeping their last states and sums of steps; a second carries states across the chunks
+(the decay over a chunk is exp(A * sum of steps): a product of decays, never a quotient); then the chunks are scanned
+from the right states. The backward pass does the same from the end. It starts from the states that the forward pass
+saved every `_INTERVAL` steps and recomputes those between.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):  # the first who
 
 _STEPS = 4  # steps whose loads are in flight together
 _INTERVAL = 8  # steps between the states saved for the backward pass; a multiple of _STEPS
-_LANES = 32  # channels of a program, one to a lane: the states of a channel then add up without talk between lanes
+_LANES = 32  # channels of a program
 _SHORTEST_CHUNK = 64
 
 # Triton 3.10 turns the fusing of multiplications and additions off by default; both give correct results.
@@ -105,8 +105,13 @@ def plan(batch: int, length: int, channels: int, processors: int) -> Plan:
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels: the scan
 #
-# A tile of states is (states, block), so that a lane holds all states of its channel. Offsets that grow with the batch
-# or the length are 64 bits wide. Rates are kept times log2(e): powers of two are what the hardware computes.
+# What the compiler knows decides how it spreads a tile (states, block) over the lanes of a warp. It must not learn that
+# `channels` is a multiple of 16, or one load spreads a channel's states over many lanes, and every sum over them
+# becomes talk between lanes. It does learn the strides of steps, which are widths: offsets within a group of steps are
+# then part of the instructions. Inner loops load whole groups of steps without masks, ahead of their use.
+#
+# Offsets that grow with the batch or the length are 64 bits wide. Rates are kept times log2(e): powers of two are what
+# the hardware computes.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -141,39 +146,34 @@ def _within(index, width, t, last):
 
 
 @triton.jit
-def _load_steps(ptr, stride, t, last, d, channels, STEPS: tl.constexpr):
-    """Rows t ... t + STEPS - 1 (block,) of a sequence, zero from `last` on."""
+def _load_steps(ptr, stride: tl.constexpr, t, last, STEPS: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows t ... t + STEPS - 1 of a sequence. From `last` on the last row again, unless all are known to exist."""
     rows = ()
     for i in tl.static_range(STEPS):
-        rows += (tl.load(ptr + i * stride, mask=_within(d, channels, t + i, last), other=0.0),)
+        if WHOLE:
+            row = tl.cast(t, tl.int64) * stride + i * stride
+        else:
+            row = tl.cast(tl.minimum(t + i, last - 1), tl.int64) * stride
+        rows += (tl.load(ptr + row),)
     return rows
 
 
 @triton.jit
-def _load_row(ptr, stride, t, last, ALIGN: tl.constexpr):
-    """Row t (states,) of B or C; the last row again from `last` on, where what it weighs is zero or not kept.
-
-    ALIGN, in bytes, lets one or two instructions load the row; a mask would keep them from it.
-    """
-    return tl.load(tl.multiple_of(ptr + tl.cast(tl.minimum(t, last - 1), tl.int64) * stride, [ALIGN]))
-
-
-@triton.jit
-def _load_rows(ptr, stride, t, last, ALIGN: tl.constexpr, STEPS: tl.constexpr):
-    """Rows t ... t + STEPS - 1 of B or C."""
-    rows = ()
-    for i in tl.static_range(STEPS):
-        rows += (_load_row(ptr, stride, t + i, last, ALIGN),)
-    return rows
+def _advance(h, u, dt, B, rates, bias, COMPUTE: tl.constexpr):
+    """The state after a step, and u in full precision."""
+    x = u.to(COMPUTE)
+    delta = _softplus(dt.to(COMPUTE) + bias)
+    return tl.exp2(rates * delta[None, :]) * h + B.to(COMPUTE)[:, None] * (delta * x)[None, :], x
 
 
 @triton.jit
-def _load_weights(ptr, stride, t, last, ALIGN: tl.constexpr, COMPUTE: tl.constexpr):
-    """Row t of B or C as (states, 1)."""
-    return _load_row(ptr, stride, t, last, ALIGN).to(COMPUTE)[:, None]
+def _save_state(starts, h, t, channels, mask, STATES: tl.constexpr, INTERVAL: tl.constexpr):
+    if t % INTERVAL == 0:
+        offset = tl.cast(t // INTERVAL, tl.int64) * STATES * channels
+        tl.store(starts + offset, h, mask=mask[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "chunks", "blocks"])
+@triton.jit(do_not_specialize=["length", "channels", "chunk", "chunks", "blocks"])
 def _scan_kernel(
     u,
     dt,
@@ -186,15 +186,15 @@ def _scan_kernel(
     starts,  # (batch, ceil(length / INTERVAL), states, channels): the states before every INTERVAL-th step
     carries,  # (batch, chunks, states, channels): the states before every chunk
     u_batch,
-    u_step,
+    u_step: tl.constexpr,
     dt_batch,
-    dt_step,
+    dt_step: tl.constexpr,
     B_batch,
-    B_step,
+    B_step: tl.constexpr,
     C_batch,
-    C_step,
+    C_step: tl.constexpr,
     y_batch,
-    y_step,
+    y_step: tl.constexpr,
     length,
     channels,
     chunk,
@@ -228,40 +228,58 @@ def _scan_kernel(
         h = tl.load(carries + (b * chunks + k) * STATES * channels + state_offsets, mask=mask[None, :], other=0.0)
     starts += b * tl.cdiv(length, INTERVAL) * STATES * channels + state_offsets
 
+    d = tl.minimum(d, channels - 1)  # lanes beyond the last channel compute it again, without masks, and store nothing
     t = first.to(tl.int64)
-    u += b * u_batch + t * u_step + d
-    dt += b * dt_batch + t * dt_step + d
-    B += b * B_batch + n
-    C += b * C_batch + n
+    u += b * u_batch + d
+    dt += b * dt_batch + d
+    B = tl.multiple_of(B + b * B_batch, ALIGN) + n
+    C = tl.multiple_of(C + b * C_batch, ALIGN) + n
     y += b * y_batch + t * y_step + d
-    next_u = _load_steps(u, u_step, first, last, d, channels, STEPS)
-    next_dt = _load_steps(dt, dt_step, first, last, d, channels, STEPS)
-    for t in range(first, last, STEPS):
-        if SAVE:  # noqa: SIM102 (known to the compiler; what follows is not)
-            if t % INTERVAL == 0:
-                offset = tl.cast(t // INTERVAL, tl.int64) * STATES * channels
-                tl.store(starts + offset, h, mask=mask[None, :])
-        # the loads of the next steps travel while these are computed; those of B and C come from the cache
-        these_u, these_dt = next_u, next_dt
-        these_B = _load_rows(B, B_step, t, last, ALIGN, STEPS)
-        these_C = _load_rows(C, C_step, t, last, ALIGN, STEPS)
-        u += STEPS * u_step
-        dt += STEPS * dt_step
-        next_u = _load_steps(u, u_step, t + STEPS, last, d, channels, STEPS)
-        next_dt = _load_steps(dt, dt_step, t + STEPS, last, d, channels, STEPS)
-        outputs = ()
+    next_u = _load_steps(u, u_step, first, last, STEPS)
+    next_dt = _load_steps(dt, dt_step, first, last, STEPS)
+    next_B = _load_steps(B, B_step, first, last, STEPS)
+    next_C = _load_steps(C, C_step, first, last, STEPS)
+    whole = first + (last - first) // STEPS * STEPS
+    for t in range(first, whole, STEPS):
+        # the loads of the next steps travel while these are computed
+        these_u, these_dt, these_B, these_C = next_u, next_dt, next_B, next_C
+        later = tl.minimum(t + STEPS, whole - STEPS)
+        next_u = _load_steps(u, u_step, later, last, STEPS, WHOLE=True)
+        next_dt = _load_steps(dt, dt_step, later, last, STEPS, WHOLE=True)
+        next_B = _load_steps(B, B_step, later, last, STEPS, WHOLE=True)
+        next_C = _load_steps(C, C_step, later, last, STEPS, WHOLE=True)
+        if SAVE:
+            _save_state(starts, h, t, channels, mask, STATES, INTERVAL)
         for i in tl.static_range(STEPS):
-            x = these_u[i].to(COMPUTE)
-            delta = _softplus(these_dt[i].to(COMPUTE) + bias)
-            B_, C_ = these_B[i].to(COMPUTE)[:, None], these_C[i].to(COMPUTE)[:, None]
-            h = tl.exp2(rates * delta[None, :]) * h + B_ * (delta * x)[None, :]
-            outputs += ((tl.sum(C_ * h, 0) + skip * x).to(y.dtype.element_ty),)
-        for i in tl.static_range(STEPS):  # stores last: loads are not moved ahead of a store
-            tl.store(y + i * y_step, outputs[i], mask=_within(d, channels, t + i, last))
+            h, x = _advance(h, these_u[i], these_dt[i], these_B[i], rates, bias, COMPUTE)
+            out = tl.sum(these_C[i].to(COMPUTE)[:, None] * h, 0) + skip * x
+            tl.store(y + i * y_step, out.to(y.dtype.element_ty), mask=mask)
         y += STEPS * y_step
+    for t in range(whole, last):
+        if SAVE:
+            _save_state(starts, h, t, channels, mask, STATES, INTERVAL)
+        (this_u,) = _load_steps(u, u_step, t, last, 1, WHOLE=True)
+        (this_dt,) = _load_steps(dt, dt_step, t, last, 1, WHOLE=True)
+        (this_B,) = _load_steps(B, B_step, t, last, 1, WHOLE=True)
+        (this_C,) = _load_steps(C, C_step, t, last, 1, WHOLE=True)
+        h, x = _advance(h, this_u, this_dt, this_B, rates, bias, COMPUTE)
+        out = tl.sum(this_C.to(COMPUTE)[:, None] * h, 0) + skip * x
+        tl.store(y, out.to(y.dtype.element_ty), mask=mask)
+        y += y_step
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "chunks", "blocks"])
+@triton.jit
+def _end_step(h, total, x, dt, W, rates, bias, COMPUTE: tl.constexpr, BACKWARD: tl.constexpr):
+    """One step of a chunk's end, and of its sum of steps."""
+    delta = _softplus(dt.to(COMPUTE) + bias)
+    decay = tl.exp2(rates * delta[None, :])
+    W = W.to(COMPUTE)[:, None]
+    x = x.to(COMPUTE)
+    h = decay * (h + W * x[None, :]) if BACKWARD else decay * h + W * (delta * x)[None, :]
+    return h, total + delta
+
+
+@triton.jit(do_not_specialize=["length", "channels", "chunk", "chunks", "blocks"])
 def _chunk_ends_kernel(
     x,  # u; grad_y in the backward pass
     dt,
@@ -271,11 +289,11 @@ def _chunk_ends_kernel(
     ends,  # (batch, chunks, states, channels)
     totals,  # (batch, chunks, channels)
     x_batch,
-    x_step,
+    x_step: tl.constexpr,
     dt_batch,
-    dt_step,
+    dt_step: tl.constexpr,
     W_batch,
-    W_step,
+    W_step: tl.constexpr,
     length,
     channels,
     chunk,
@@ -302,30 +320,35 @@ def _chunk_ends_kernel(
     bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(COMPUTE)
     h = tl.zeros((STATES, BLOCK), COMPUTE)
     total = tl.zeros((BLOCK,), COMPUTE)
-    x += b * x_batch + d
-    dt += b * dt_batch + d
-    W += b * W_batch + n
-    for j in range(0, last - first, STEPS):
-        t = first + ((last - first - 1) // STEPS * STEPS - j if BACKWARD else j)
-        offset = tl.cast(t, tl.int64)
-        these_x = _load_steps(x + offset * x_step, x_step, t, last, d, channels, STEPS)
-        these_dt = _load_steps(dt + offset * dt_step, dt_step, t, last, d, channels, STEPS)
+    channel = tl.minimum(d, channels - 1)  # lanes beyond the last channel compute it again, without masks
+    x += b * x_batch + channel
+    dt += b * dt_batch + channel
+    W = tl.multiple_of(W + b * W_batch, ALIGN) + n
+    whole = first + (last - first) // STEPS * STEPS
+    if BACKWARD:  # only the last chunk has other steps, and nothing starts from the state after it
+        for j in range(0, last - whole):
+            (this_x,) = _load_steps(x, x_step, last - 1 - j, last, 1, WHOLE=True)
+            (this_dt,) = _load_steps(dt, dt_step, last - 1 - j, last, 1, WHOLE=True)
+            (this_W,) = _load_steps(W, W_step, last - 1 - j, last, 1, WHOLE=True)
+            h, total = _end_step(h, total, this_x, this_dt, this_W, rates, bias, COMPUTE, BACKWARD)
+    t = tl.maximum(whole - STEPS, first) if BACKWARD else first
+    next_x = _load_steps(x, x_step, t, last, STEPS)
+    next_dt = _load_steps(dt, dt_step, t, last, STEPS)
+    next_W = _load_steps(W, W_step, t, last, STEPS)
+    for j in range(0, whole - first, STEPS):
+        these_x, these_dt, these_W = next_x, next_dt, next_W
+        later = tl.maximum(whole - 2 * STEPS - j, first) if BACKWARD else tl.minimum(first + STEPS + j, whole - STEPS)
+        next_x = _load_steps(x, x_step, later, last, STEPS, WHOLE=True)
+        next_dt = _load_steps(dt, dt_step, later, last, STEPS, WHOLE=True)
+        next_W = _load_steps(W, W_step, later, last, STEPS, WHOLE=True)
         for i in tl.static_range(STEPS - 1 if BACKWARD else 0, -1 if BACKWARD else STEPS, -1 if BACKWARD else 1):
-            W_ = _load_weights(W, W_step, t + i, last, ALIGN, COMPUTE)
-            # no step where there is none, past the sequence's end
-            delta = tl.where(t + i < last, _softplus(these_dt[i].to(COMPUTE) + bias), 0.0)
-            decay = tl.exp2(rates * delta[None, :])
-            if BACKWARD:
-                h = decay * (h + W_ * these_x[i].to(COMPUTE)[None, :])
-            else:
-                h = decay * h + W_ * (delta * these_x[i].to(COMPUTE))[None, :]
-            total += delta
+            h, total = _end_step(h, total, these_x[i], these_dt[i], these_W[i], rates, bias, COMPUTE, BACKWARD)
     chunk_index = b * chunks + k
     tl.store(ends + (chunk_index * STATES + n[:, None]) * channels + d[None, :], h, mask=mask[None, :])
     tl.store(totals + chunk_index * channels + d, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["chunks", "blocks"])
+@triton.jit(do_not_specialize=["channels", "chunks", "blocks"])
 def _carry_kernel(
     ends,  # (batch, chunks, states, channels): replaced by the states before each chunk (backward: gradients after it)
     totals,
@@ -363,7 +386,7 @@ def _carry_kernel(
             h = tl.exp2(rates * steps[i]) * h + inflows[i]
 
 
-@triton.jit(do_not_specialize=["length", "chunk", "chunks", "blocks", "batch"])
+@triton.jit(do_not_specialize=["length", "channels", "chunk", "chunks", "blocks", "batch"])
 def _scan_backward_kernel(
     grad_y,
     u,
@@ -380,15 +403,15 @@ def _scan_backward_kernel(
     grad_weights,  # (blocks, batch, length, 2, states): each block's part of B's and C's gradients
     grad_parameters,  # (batch, chunks, states + 2, channels): each chunk's part of those of A, D and dt_bias
     grad_y_batch,
-    grad_y_step,
+    grad_y_step: tl.constexpr,
     u_batch,
-    u_step,
+    u_step: tl.constexpr,
     dt_batch,
-    dt_step,
+    dt_step: tl.constexpr,
     B_batch,
-    B_step,
+    B_step: tl.constexpr,
     C_batch,
-    C_step,
+    C_step: tl.constexpr,
     batch,
     length,
     channels,
@@ -401,12 +424,13 @@ def _scan_backward_kernel(
     INTERVAL: tl.constexpr,
     ALIGN: tl.constexpr,
     COMPUTE: tl.constexpr,
-    CHUNKED: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """The gradients of one chunk of one sequence and a block of channels, from its last steps to its first.
 
     With h_t = decay_t h_(t-1) + B_t delta_t u_t and G_t the gradient of h_t, G_t = C_t grad_y_t + decay_(t+1) G_(t+1).
     """
+    channels = channels * UNIT  # told so, the compiler gives a lane UNIT neighbouring channels of a tile
     program = tl.program_id(0)
     b = (program // (blocks * chunks)).to(tl.int64)
     k = program // blocks % chunks
@@ -421,18 +445,19 @@ def _scan_backward_kernel(
     skip = tl.load(D + d, mask=mask, other=0.0).to(COMPUTE)
     bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(COMPUTE)
     state_offsets = n[:, None] * channels + d[None, :]
-    carry = tl.zeros((STATES, BLOCK), COMPUTE)  # decay_(t+1) G_(t+1)
-    if CHUNKED:
-        carry = tl.load(carries + (b * chunks + k) * STATES * channels + state_offsets, mask=mask[None, :], other=0.0)
+    # decay_(t+1) G_(t+1). Loaded even where it is zero: the layout of a load becomes that of what is computed with it
+    carries += (b * chunks + k) * STATES * channels + state_offsets
+    carry = tl.load(carries, mask=_within(d, channels, 1, chunks)[None, :], other=0.0)
     grad_A = tl.zeros((STATES, BLOCK), COMPUTE)
     grad_D = tl.zeros((BLOCK,), COMPUTE)
     grad_bias = tl.zeros((BLOCK,), COMPUTE)
 
-    grad_y += b * grad_y_batch + d
-    u += b * u_batch + d
-    dt += b * dt_batch + d
-    B += b * B_batch + n
-    C += b * C_batch + n
+    channel = tl.minimum(d, channels - 1)  # lanes beyond the last channel compute it again, without masks
+    grad_y += b * grad_y_batch + channel
+    u += b * u_batch + channel
+    dt += b * dt_batch + channel
+    B = tl.multiple_of(B + b * B_batch, ALIGN) + n
+    C = tl.multiple_of(C + b * C_batch, ALIGN) + n
     starts += b * tl.cdiv(length, INTERVAL) * STATES * channels + state_offsets
     grad_u += b * length * channels + d
     grad_dt += b * length * channels + d
@@ -440,30 +465,28 @@ def _scan_backward_kernel(
     for j in range(0, last - first, STEPS):
         t = first + (last - first - 1) // STEPS * STEPS - j
         offset = tl.cast(t, tl.int64)
-        these_u = _load_steps(u + offset * u_step, u_step, t, last, d, channels, STEPS)
-        these_dt = _load_steps(dt + offset * dt_step, dt_step, t, last, d, channels, STEPS)
-        these_grad_y = _load_steps(grad_y + offset * grad_y_step, grad_y_step, t, last, d, channels, STEPS)
+        these_u = _load_steps(u, u_step, t, last, STEPS)
+        these_dt = _load_steps(dt, dt_step, t, last, STEPS)
+        these_grad_y = _load_steps(grad_y, grad_y_step, t, last, STEPS)
+        these_B = _load_steps(B, B_step, t, last, STEPS)
+        these_C = _load_steps(C, C_step, t, last, STEPS)
         h = tl.load(starts + tl.cast(t // INTERVAL, tl.int64) * STATES * channels, mask=mask[None, :], other=0.0)
         for s in range(t // INTERVAL * INTERVAL, t, STEPS):  # from the saved state to the one before step t
-            earlier = tl.cast(s, tl.int64)
-            earlier_u = _load_steps(u + earlier * u_step, u_step, s, last, d, channels, STEPS)
-            earlier_dt = _load_steps(dt + earlier * dt_step, dt_step, s, last, d, channels, STEPS)
+            earlier_u = _load_steps(u, u_step, s, last, STEPS, WHOLE=True)
+            earlier_dt = _load_steps(dt, dt_step, s, last, STEPS, WHOLE=True)
+            earlier_B = _load_steps(B, B_step, s, last, STEPS, WHOLE=True)
             for i in tl.static_range(STEPS):
-                delta = _softplus(earlier_dt[i].to(COMPUTE) + bias)
-                B_ = _load_weights(B, B_step, s + i, last, ALIGN, COMPUTE)
-                h = tl.exp2(rates * delta[None, :]) * h + B_ * (delta * earlier_u[i].to(COMPUTE))[None, :]
+                h, _ = _advance(h, earlier_u[i], earlier_dt[i], earlier_B[i], rates, bias, COMPUTE)
         states = (h,)  # before step t, and after each of the STEPS
         for i in tl.static_range(STEPS):
-            delta = _softplus(these_dt[i].to(COMPUTE) + bias)
-            B_ = _load_weights(B, B_step, t + i, last, ALIGN, COMPUTE)
-            h = tl.exp2(rates * delta[None, :]) * h + B_ * (delta * these_u[i].to(COMPUTE))[None, :]
+            h, _ = _advance(h, these_u[i], these_dt[i], these_B[i], rates, bias, COMPUTE)
             states += (h,)
         for i in tl.static_range(STEPS - 1, -1, -1):
             mask_d, mask_n = _within(d, channels, t + i, last), _within(n, STATES, t + i, last)
             x = these_u[i].to(COMPUTE)
-            g = these_grad_y[i].to(COMPUTE)
-            B_ = _load_weights(B, B_step, t + i, last, ALIGN, COMPUTE)
-            C_ = _load_weights(C, C_step, t + i, last, ALIGN, COMPUTE)
+            g = tl.where(mask_d, these_grad_y[i].to(COMPUTE), 0.0)
+            B_ = these_B[i].to(COMPUTE)[:, None]
+            C_ = these_C[i].to(COMPUTE)[:, None]
             step = these_dt[i].to(COMPUTE) + bias
             delta = _softplus(step)
             G = C_ * g[None, :] + carry
@@ -589,7 +612,8 @@ def _convolve_backward_kernel(
 # Operators
 # ---------------------------------------------------------------------------------------------------------------------
 
-_TILE = {"STEPS": 16, "BLOCK": 64, "num_warps": 4, "enable_fp_fusion": True}
+_TILE = {"STEPS": 32, "BLOCK": 32, "num_warps": 2, "enable_fp_fusion": True}
+_BACKWARD_TILE = {**_TILE, "STEPS": 16}  # or its registers spill
 
 
 def _forward(
@@ -655,19 +679,20 @@ def _backward(
     block, blocks, chunk, chunks = division
     grad_weights = starts.new_empty(blocks, batch, length, 2, states)
     grad_parameters = starts.new_empty(batch * chunks, states + 2, channels)
+    unit = 1 if channels % 2 else 2
     with _on(u.device):
         carries = _carry(grad_y, dt, A, C, dt_bias, division, backward=True) if chunks > 1 else starts
         _scan_backward_kernel[(batch * chunks * blocks,)](
             *(grad_y, u, dt, A, B, C, D, dt_bias, starts, carries, grad_u, grad_dt, grad_weights, grad_parameters),
             *_strides(grad_y, u, dt, B, C),
-            *(batch, length, channels, chunk, chunks, blocks),
+            *(batch, length, channels // unit, chunk, chunks, blocks),
             STATES=states,
             BLOCK=block,
             STEPS=_STEPS,
             INTERVAL=_INTERVAL,
             ALIGN=_alignment(B, C),
             COMPUTE=_triton_dtype(starts.dtype),
-            CHUNKED=chunks > 1,
+            UNIT=unit,
             **_OPTIONS,
         )
     return grad_u, grad_dt, grad_weights.sum(0), grad_parameters.sum(0)
@@ -687,7 +712,7 @@ def _carry(x: Tensor, dt: Tensor, A: Tensor, W: Tensor, dt_bias: Tensor, divisio
         *(length, channels, chunk, chunks, blocks),
         STATES=states,
         BLOCK=block,
-        STEPS=_STEPS,
+        STEPS=_INTERVAL,
         ALIGN=_alignment(W),
         COMPUTE=_triton_dtype(dtype),
         BACKWARD=backward,
@@ -732,19 +757,19 @@ def _convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     if x.numel() == 0:
         return grad_x, x.new_zeros(3, width, dtype=dtype)
     grad_y, x, weight = _rows(grad_y), _rows(x), weight.contiguous()
-    tiles = batch * triton.cdiv(length, _TILE["STEPS"])
+    tiles = batch * triton.cdiv(length, _BACKWARD_TILE["STEPS"])
     grad_weight = x.new_empty(tiles, 3, width, dtype=dtype)
     with _on(x.device):
-        _convolve_backward_kernel[(tiles * triton.cdiv(width, _TILE["BLOCK"]),)](
+        _convolve_backward_kernel[(tiles * triton.cdiv(width, _BACKWARD_TILE["BLOCK"]),)](
             *(grad_y, x, weight, grad_x, grad_weight, *_strides(grad_y, x), length, width),
             COMPUTE=_triton_dtype(dtype),
-            **_TILE,
+            **_BACKWARD_TILE,
         )
     return grad_x, grad_weight.sum(0)
 
 
 # The namespace carries this module's name, for transformers loads each model folder's code as modules of its own.
-_NAMESPACE = "mambavision_" + "".join(c if c.isalnum() else "_" for c in __name__)
+_NAMESPACE = "mambavision_" + "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}" for c in __name__)
 _scan = torch.library.custom_op(f"{_NAMESPACE}::scan", _forward, mutates_args=())
 _scan_backward = torch.library.custom_op(f"{_NAMESPACE}::scan_backward", _backward, mutates_args=())
 _convolve = torch.library.custom_op(f"{_NAMESPACE}::convolve", _convolve_forward, mutates_args=())
@@ -787,6 +812,7 @@ def _save_for_scan(ctx, inputs, output):
 def _gradients_of_scan(ctx, grad_out, grad_starts):
     if grad_out is None:
         return (None,) * 10
+    _refuse_second_derivatives()
     u, dt, A, B, C, D, dt_bias, z, weight, starts = ctx.saved_tensors
     channels, states = A.shape
     grad_y = grad_out[:, :, :channels]
@@ -812,7 +838,14 @@ def _save_for_convolve(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("create_graph=True: backend='triton' has no second derivatives; use backend='torch'"
+                           " (MAMBAVISION_SCAN=torch)")  # fmt: skip
+
+
 def _gradients_of_convolve(ctx, grad_y):
+    _refuse_second_derivatives()
     return _gradients_of_taps(grad_y, *ctx.saved_tensors)
 
 

@@ -80,7 +80,7 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: b
     Args:
         x: map (B, C, H, W), float32.
         weight: (36, C, K), from `winograd_filters`.
-        bias: (K,).
+        bias: (K,), or None.
         gelu: whether GELU follows, in its approximation by tanh.
 
     Returns:

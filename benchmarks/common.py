@@ -476,9 +476,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def number(value: float | None, suffix: str = "") -> str:
+def number(value: float | None) -> str:
     """Three significant digits, without exponents: what a table needs."""
     if value is None:
         return "-"
     decimals = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
-    return f"{value:.{decimals}f}{suffix}"
+    return f"{value:.{decimals}f}"

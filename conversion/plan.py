@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from ..configuration_mambavision import AUTO_MAP, VARIANTS, MambaVisionConfig
+from ..configuration_mambavision import AUTO_MAP, IMAGENET_MEAN, IMAGENET_STD, VARIANTS, MambaVisionConfig
 from ..modeling_mambavision import MambaVisionBackbone, MambaVisionModelForImageClassification
 from ..modeling_mambavision_upernet import MambaVisionUperNetConfig, UperNetForSemanticSegmentation
 from .errors import ConversionError, listed
@@ -222,17 +222,15 @@ def _plan_classification(source: Source, variant: str, in_chans: int, labels, no
         raise ConversionError(
             "the names of ImageNet's classes come from timm: pip install it, or give --labels"
         ) from error
-    processor = {**config.image_processor_settings(), "do_convert_rgb": in_chans == 3}
-    return Plan(variant, CLASSIFICATION, config, processor, notes)
+    return Plan(variant, CLASSIFICATION, config, config.image_processor_settings(), notes)
 
 
 def _overrides(source: Source, variant: str, in_chans: int, notes: list[str]) -> dict:
     """The settings that are not the variant's: what config.json says, and what other input channels ask for."""
     overrides = _settings_beside_the_weights(source, variant, notes)
     if in_chans != 3 and "mean" not in overrides:
-        published = MambaVisionConfig(num_labels=1)
-        overrides["mean"] = [sum(published.mean) / 3] * in_chans
-        overrides["std"] = [sum(published.std) / 3] * in_chans
+        overrides["mean"] = [sum(IMAGENET_MEAN) / 3] * in_chans
+        overrides["std"] = [sum(IMAGENET_STD) / 3] * in_chans
         notes.append(f"the mean and std of {in_chans} input channels are a guess: check preprocessor_config.json")
     return overrides
 
@@ -266,7 +264,7 @@ def _plan_dense(source: Source, variant: str, in_chans: int, labels, notes: list
     model = DENSE[variant]
     settings = {**_settings(variant), **_overrides(source, variant, in_chans, notes)}
     settings |= {"out_indices": [0, 1, 2, 3], "out_norm": True, "num_labels": 0}
-    backbone = MambaVisionConfig.from_variant(model["backbone"], in_chans=in_chans, **settings)
+    backbone = MambaVisionConfig(in_chans=in_chans, **settings)
     # The published evaluation scales the shorter side to `edge` and crops nothing. Of transformers' processors this
     # one does that, and turns logits into maps of classes, as the segmentation pipeline asks.
     processor = {

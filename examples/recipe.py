@@ -138,8 +138,8 @@ def _complete(given: dict, defaults: dict, prefix: str) -> dict:
 def _check(recipe: dict) -> None:
     from transformers import TrainingArguments
 
-    for key in ("config", "training"):
-        if not isinstance(recipe[key], dict):
+    for key in ("model", "config", "training"):
+        if not isinstance(recipe[key], dict) and (key, recipe[key]) != ("model", None):
             raise ValueError(f"{key} must be an object, got {recipe[key]!r}")
     if recipe["base_model"] is not None and not isinstance(recipe["base_model"], str):
         raise ValueError(f"base_model must be a folder or a name, got {recipe['base_model']!r}")
@@ -160,13 +160,19 @@ def _check(recipe: dict) -> None:
         raise ValueError("even_stem is for a new model, and the recipe has no model")
     if recipe["lora"] and recipe["freeze_backbone"]:
         raise ValueError("lora and freeze_backbone exclude each other: LoRA freezes the backbone and adapts it")
-    existing = {field.name for field in fields(TrainingArguments) if field.init} - {"output_dir"}
-    for key in recipe["training"]:
+    existing = {field.name: field.default for field in fields(TrainingArguments) if field.init}
+    del existing["output_dir"]
+    for key, value in recipe["training"].items():
         if key in ELSEWHERE:
             raise ValueError(f"training.{key} is set outside of training, as {ELSEWHERE[key]}")
         if key not in existing:
             raise ValueError(f"there is no setting training.{key}; transformers' TrainingArguments has"
                              f" {', '.join(sorted(existing))}")  # fmt: skip
+        # what TrainingArguments would take, and Trainer fail on
+        if isinstance(existing[key], int | float) and not isinstance(value, int | float | None):
+            raise ValueError(f"training.{key} must be {json.dumps(existing[key])} or the like, got {value!r}")
+        if key.endswith("_kwargs") and not isinstance(value, dict | None):
+            raise ValueError(f"training.{key} must be an object, got {value!r}")
 
 
 def _at(settings, key: str):

@@ -108,12 +108,12 @@ def published_style_folder(folder: Path, variant: str, seed: int = 0) -> Path:
 
 
 def skip_where_tritons_interpreter_is_broken() -> None:
-    """Triton issue 9171: the interpreter of its releases up to 3.6 does not run under NumPy 2.5."""
+    """Triton issue 9171: the interpreter of its releases up to 3.6 does not run under NumPy 2.4 and later."""
     import numpy
 
     triton = pytest.importorskip("triton", reason="torch comes without triton on this platform")
     numpy_version, triton_version = (tuple(map(int, x.__version__.split(".")[:2])) for x in (numpy, triton))
-    if numpy_version >= (2, 5) and triton_version <= (3, 6):
+    if numpy_version >= (2, 4) and triton_version <= (3, 6):
         pytest.skip(f"triton {triton.__version__}'s interpreter does not run under numpy {numpy.__version__}")
 
 

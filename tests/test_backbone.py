@@ -54,6 +54,11 @@ def test_maps_of_the_chosen_stages(chosen, names):
         assert torch.equal(stage_map, output.hidden_states[i])
     plain = backbone(image((2, 3, 50, 64)), return_dict=False)
     assert len(plain) == 1 and torch.equal(plain[0][0], output.feature_maps[0])
+    assert all(stage_map.is_contiguous() for stage_map in (*output.hidden_states, *output.feature_maps))
+    backbone.config.output_hidden_states = True
+    assert len(backbone(image((2, 3, 50, 64))).hidden_states) == 4
+    backbone.config.return_dict = False
+    assert len(backbone(image((2, 3, 50, 64)))) == 2
 
 
 @torch.inference_mode()

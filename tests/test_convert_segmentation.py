@@ -24,6 +24,7 @@ from repository.conversion.source import Source
 from repository.modeling_mambavision import MambaVisionBackbone
 from repository.modeling_mambavision_upernet import MambaVisionUperNetConfig, UperNetForSemanticSegmentation
 from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 from weights import filled, image
 
 
@@ -480,6 +481,11 @@ def test_a_fresh_model_is_finite(small_model):
     assert small_model.get_input_embeddings() is small_model.backbone.model.patch_embed
 
 
+def test_trainer_divides_its_loss_by_the_accumulated_steps(small_model, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    assert not Trainer(small_model, arguments).model_accepts_loss_kwargs
+
+
 def test_configuration_takes_fields_or_an_object():
     fields = {**SMALL_VARIANT, "out_norm": True}
     from_fields = MambaVisionUperNetConfig(fields, num_labels=4)
@@ -490,3 +496,6 @@ def test_configuration_takes_fields_or_an_object():
         assert config.num_labels == 4 and config.auxiliary_in_channels == 64
     with pytest.raises(ValueError, match="depths"):
         MambaVisionUperNetConfig({"depths": [1]})
+    for chosen in (MambaVisionConfig(**fields), {**fields, "out_indices": [1, 2, 3]}):
+        with pytest.raises(ValueError, match="backbone_config must give all four stages, got"):
+            MambaVisionUperNetConfig(chosen)

@@ -144,12 +144,12 @@ print(type(model).__module__)
 def test_saved_copied_and_reloaded_in_a_new_process(small_folder, tmp_path):
     model = load(AutoModelForImageClassification, small_folder)
     model.save_pretrained(tmp_path / "saved")
-    shutil.copytree(tmp_path / "saved", tmp_path / "elsewhere" / "a-1.5 copy")
+    shutil.copytree(tmp_path / "saved", tmp_path / "elsewhere" / "модель-1.5 копия")
     shutil.rmtree(tmp_path / "saved")
     shutil.rmtree(small_folder)
     pixel_values = image((2, 3, 64, 64))
     torch.save(pixel_values, tmp_path / "input.pt")
-    run_python(RELOAD, tmp_path / "elsewhere" / "a-1.5 copy", tmp_path / "input.pt", tmp_path / "output.pt")
+    run_python(RELOAD, tmp_path / "elsewhere" / "модель-1.5 копия", tmp_path / "input.pt", tmp_path / "output.pt")
     with torch.inference_mode():
         torch.testing.assert_close(torch.load(tmp_path / "output.pt"), model(pixel_values).logits, rtol=0, atol=0)
 
@@ -200,6 +200,18 @@ def test_rgb_weights_into_another_channel_count(small_folder, auto_class, in_cha
     expected = adapt_input_conv(in_chans, stored["model.patch_embed.conv_down.0.weight"])
     torch.testing.assert_close(stem.weight, expected)
     assert model.config.in_chans == stem.in_channels == in_chans and stem.weight.requires_grad
+    config = AutoConfig.from_pretrained(small_folder, trust_remote_code=True, in_chans=in_chans)
+    (tmp_path / "parent").mkdir()
+    (tmp_path / "parent" / "sub").symlink_to(small_folder)
+    for again in (
+        load(auto_class, small_folder, num_channels=in_chans),
+        type(model).from_pretrained(small_folder, num_channels=in_chans),
+        type(model).from_pretrained(small_folder, config=config),
+        type(model).from_pretrained(tmp_path / "parent", subfolder="sub", in_chans=in_chans),
+    ):
+        assert again.config.in_chans == in_chans
+        assert torch.equal(again.model.patch_embed.conv_down[0].weight, stem.weight)
+    assert config.in_chans == in_chans  # the caller's own
     for name, tensor in model.state_dict().items():
         assert "conv_down.0" in name or torch.equal(tensor, stored[name]), name
     output = model(image((2, in_chans, 32, 32)))
@@ -212,7 +224,8 @@ def test_grey_images_give_what_their_rgb_copies_gave(small_folder):
     model = load(AutoModel, small_folder).eval()
     grey = image((2, 1, 48, 48))
     expected = model(grey.expand(-1, 3, -1, -1)).pooler_output
-    model.set_input_channels(1)
+    model.requires_grad_(False).set_input_channels(1)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(model(grey).pooler_output, expected, rtol=1e-4, atol=1e-5)
     assert len(model.config.mean) == len(model.config.std) == 1
     with pytest.raises(ValueError, match="in_chans must be a positive integer, got 0"):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from repository.modeling_mambavision import (
 )
 from safetensors import safe_open
 from timm.layers import GluMlp
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from weights import filled, image
@@ -198,6 +200,7 @@ BAD_LABELS = {
     "scalar": (torch.tensor(0), ValueError, "of shape"),
     "floats of a class each": (torch.tensor([0.0, 1.0]), ValueError, r"must have shape \(2, 5\), got \(2,\)"),
     "a list": ([0, 1], TypeError, "must be a torch.Tensor, got list"),
+    "complex": (torch.zeros(2, 5, dtype=torch.complex64), TypeError, "must be real numbers, got torch.complex64"),
 }
 
 
@@ -232,6 +235,9 @@ def test_multi_label_loss(classifier):
     assert classifier.config.problem_type == "multi_label_classification"
     integers = classifier(image((2, 3, 32, 32)), labels=labels.long()).loss  # the kind is known by now
     assert torch.equal(integers, output.loss)
+    soft = labels.double() * 0.9  # not rounded to float32
+    output = classifier.double()(image((2, 3, 32, 32)).double(), labels=soft)
+    assert torch.equal(output.loss, F.binary_cross_entropy_with_logits(output.logits, soft))
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
@@ -242,6 +248,31 @@ def test_regression_loss(small_config, shape):
     output = model(image((2, 3, 32, 32)), labels=labels)
     torch.testing.assert_close(output.loss, F.mse_loss(output.logits.flatten(), labels.flatten()))
     assert model.config.problem_type == "regression"
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_losses_of_single_images_and_without_numbers(classifier):
+    """Per-sample gradients, and shapes alone."""
+    pixel_values, labels = image((3, 3, 32, 32)), torch.tensor([4, 0, 2])
+    parameters = {name: p.detach() for name, p in classifier.named_parameters()}
+
+    def loss(parameters, x, y):
+        return torch.func.functional_call(classifier, parameters, (x[None], y[None])).loss
+
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, pixel_values, labels)
+    classifier(pixel_values, labels).loss.backward()
+    for name, parameter in classifier.named_parameters():
+        expected = parameter.grad
+        assert (gradients[name].mean(0) - expected).abs().max() < 1e-4 * expected.abs().max() + 1e-7, name
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert classifier(torch.empty(2, 3, 32, 32), torch.zeros(2, dtype=torch.long)).loss.shape == ()
+
+
+def test_maps_by_the_configuration(classifier):
+    classifier.config.output_hidden_states = True
+    output = classifier(image((1, 3, 64, 64)))
+    assert len(output.hidden_states) == 4
+    assert classifier(image((1, 3, 64, 64)), output_hidden_states=False).hidden_states is None
 
 
 def test_every_parameter_gets_a_gradient(small_config):
@@ -582,6 +613,15 @@ def test_who_looks_on_sees_every_layer(classifier):
     finally:
         handle.remove()
     assert set(seen[len(layers) :]) >= {module for module in classifier.modules() if not list(module.children())}
+    seen.clear()
+    inner = [m for name, m in classifier.named_modules() if name.endswith(("conv1d_x", "conv1d_z", "reduction.0"))]
+    for module in inner:
+        module.register_full_backward_hook(note)
+    with torch.enable_grad():
+        classifier(pixel_values).logits.sum().backward()
+    assert len(seen) == len(inner) and set(seen) == set(inner)
+    for module in inner:
+        module._backward_hooks.clear()
     with FlopCounterMode(display=False) as counter:
         classifier(pixel_values)
     with torch.enable_grad(), FlopCounterMode(display=False) as plain:
@@ -665,9 +705,21 @@ CHANGES = {
         net.levels[0].downsample, "reduction", nn.Conv2d(16, 32, 2, 2, padding=1)
     ),
     "longer stem": lambda net: net.patch_embed.conv_down.append(nn.Tanh()),
+    "one convolution as stem": lambda net: setattr(net.patch_embed, "conv_down", nn.Sequential(nn.Conv2d(3, 16, 4, 4))),
+    "wrapped convolution in the stem": lambda net: net.patch_embed.conv_down.insert(
+        3, nn.Sequential(net.patch_embed.conv_down.pop(3))
+    ),
+    "other average": lambda net: setattr(net.avgpool, "forward", lambda x: x.amax((2, 3), keepdim=True)),
+    "replaced forward of an MLP": lambda net: setattr(
+        net.levels[2].blocks[0].mlp, "forward", partial(half_an_mlp, net.levels[2].blocks[0].mlp)
+    ),
     "shared convolutions": lambda net: setattr(net.levels[1].blocks[0], "conv2", net.levels[1].blocks[0].conv1),
     "shared MLPs": lambda net: setattr(net.levels[2].blocks[0], "mlp", net.levels[2].blocks[1].mlp),
 }
+
+
+def half_an_mlp(mlp, x):
+    return mlp.fc2(mlp.fc1(x))
 
 
 class PreActivationBlock(nn.Module):
@@ -894,6 +946,29 @@ def test_fused_copy_leaves_replaced_and_hooked_convolutions_alone(classifier):
         value, again = fused(pixel_values).logits, fused.fuse()(pixel_values).logits
     assert (value - expected).abs().max() < 1e-4 * expected.std() and len(called) == 3
     assert torch.equal(value, again)
+
+
+def test_fused_copy_calls_the_hooks_of_its_activations(classifier):
+    pixel_values, called = image((2, 3, 64, 64)), []
+    fused = classifier.fuse()
+    for layer in (fused.model.levels[0].blocks[0].conv1, fused.model.levels[2].blocks[0].mlp.fc1):
+        layer.gelu.register_forward_hook(lambda *_: called.append(1))
+    with torch.no_grad():
+        value, expected = fused(pixel_values).logits, classifier(pixel_values).logits
+    assert (value - expected).abs().max() < 1e-5 * expected.std() and len(called) == 2
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+def test_fused_copy_forgets_its_packed_weights_where_they_move(classifier):
+    """In half precision and back, float32 weights often lie where the first ones lay."""
+    pixel_values = image((2, 3, 64, 64))
+    for _ in range(20):
+        fused = classifier.fuse()
+        with torch.no_grad():
+            fused(pixel_values)
+            value = fused.bfloat16().float()(pixel_values).logits
+        expected = fused(pixel_values.clone().requires_grad_()).logits.detach()  # gradients keep the operators away
+        assert (value - expected).abs().max() < 1e-5 * expected.std()
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")

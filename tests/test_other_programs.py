@@ -992,6 +992,17 @@ def test_traced(classifiers):
     torch.testing.assert_close(traced(X.flip(3)), classifiers[1](X.flip(3))["logits"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Output nr 1")  # another rounding
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_traced_in_half_precision(classifiers, dtype):
+    """Torch traces twice, once without gradients, and compares the two graphs."""
+    model = Logits(copy.deepcopy(classifiers[0]).eval()).to(dtype)
+    traced, x = torch.jit.trace(model, X.to(dtype)), X.flip(3).to(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        assert (traced(x) - expected).abs().max() < 0.1 * expected.std()
+
+
 @pytest.mark.parametrize("dynamo", [False, True])
 def test_onnx(classifiers, tmp_path, dynamo):
     """ONNX by `torch.onnx.export`, with named axes, by its older and its newer way, compared in ONNX Runtime."""

@@ -45,6 +45,27 @@ def inputs(dtype=torch.float32):
     return [x.requires_grad_() for x in tensors]
 
 
+def test_transforms_take_no_kernel(monkeypatch):
+    """The kernels know nothing of torch.func's."""
+
+    def refuse(*_):
+        raise AssertionError("a kernel")
+
+    monkeypatch.setattr(scan_module, "backend_on", lambda *_: "triton")
+    for name in ("_triton_scan", "_triton_scan_concat", "_triton_convolve"):
+        monkeypatch.setattr(scan_module, name, refuse, raising=False)
+    mixer = MambaVisionMixer(16).requires_grad_(False)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(AssertionError, match="a kernel"):
+        mixer(x)
+    gradient = torch.func.grad(lambda x: mixer(x).sum())(x)
+    monkeypatch.undo()
+    (expected,) = torch.autograd.grad(mixer(x.requires_grad_()).sum(), x)
+    torch.testing.assert_close(gradient, expected)
+
+
 class TestChoice:
     def test_auto(self):
         assert choose_backend("auto", "cuda", lambda name: None) == "triton"
