@@ -70,6 +70,7 @@ def write_weights(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
+    loaded_in = dtype or common_dtype({name: tensor.dtype for name, tensor in sketch.items()})
     written, not_finite = {}, []
     total = sum(tensor.nbytes for tensor in sketch.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=1) as bar:
@@ -80,7 +81,7 @@ def write_weights(
                 for name in names:
                     tensor = source.tensors[plan.table[name]]
                     # also where it is not cast: transformers casts what it loads to the model's dtype
-                    if tensor.is_floating_point() and not _is_finite(tensor.to(dtype or tensor.dtype)):
+                    if tensor.is_floating_point() and not _is_finite(tensor.to(loaded_in)):
                         not_finite.append(plan.table[name])
                     data = tensor_bytes(tensor.to(sketch[name].dtype))
                     out.write(data)
@@ -89,9 +90,14 @@ def write_weights(
                     bar.set_postfix_str(f"tensor {len(written)} of {len(sketch)}", refresh=False)
                     bar.update(len(data))
     if not_finite:
-        where = f" in {dtype}" if dtype else ""
-        raise ConversionError(f"{source.name} has values that are not finite{where}: in {listed(not_finite)}")
+        raise ConversionError(f"{source.name} has values that are not finite in {loaded_in}: in {listed(not_finite)}")
     return written
+
+
+def common_dtype(dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """What most weights are in: transformers casts to it what it loads."""
+    weights = [dtype for name, dtype in dtypes.items() if name.endswith(".weight")]
+    return max(set(weights), key=weights.count)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
@@ -121,9 +127,9 @@ def write_rest(folder: Path, plan: Plan, written: dict[str, Written]) -> None:
     settings = plan.config.to_diff_dict()
     if plan.task is SEGMENTATION:
         settings["backbone_config"] = plan.backbone.to_diff_dict()
-    dtypes = [tensor.dtype for name, tensor in written.items() if name.endswith(".weight")]
     settings.pop("dtype", None)
-    settings["torch_dtype"] = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")  # all versions read this
+    dtype = common_dtype({name: tensor.dtype for name, tensor in written.items()})
+    settings["torch_dtype"] = str(dtype).removeprefix("torch.")  # all versions read this
     settings["architectures"] = [plan.task.model.__name__]
     settings["auto_map"] = plan.task.auto_map
     write_json(folder / "config.json", settings)

@@ -213,7 +213,7 @@ def _settings(variant: str) -> dict:
 def _plan_classification(source: Source, variant: str, in_chans: int, labels, notes: list[str]) -> Plan:
     overrides = _overrides(source, variant, in_chans, notes)
     count = _rows(source, "head.weight")
-    fields = _label_fields(source, labels, count, usual=None)
+    fields = _label_fields(source, labels, count, None, notes)
     if fields == {"num_labels": 1000}:
         fields = {}  # ImageNet's labels come with the variant
     try:
@@ -287,7 +287,7 @@ def _plan_dense(source: Source, variant: str, in_chans: int, labels, notes: list
             notes.append(f"converted the backbone only, not {', '.join(left_out).replace('.', '')}")
         return Plan(variant, BACKBONE, backbone, processor, notes, left_out)
     count = _rows(source, "decode_head.conv_seg.weight")
-    fields = _label_fields(source, labels, count, (DATA / "ade20k_labels.txt").read_text().splitlines())
+    fields = _label_fields(source, labels, count, (DATA / "ade20k_labels.txt").read_text().splitlines(), notes)
     has_auxiliary_head = any(name.startswith("auxiliary_head.") for name in source.tensors)
     config = MambaVisionUperNetConfig(backbone, use_auxiliary_head=has_auxiliary_head, **fields)
     return Plan(variant, SEGMENTATION, config, processor, notes)
@@ -298,15 +298,19 @@ def _rows(source: Source, name: str) -> int:
     return source.tensors[name].shape[0] if name in source.tensors and source.tensors[name].ndim else 1
 
 
-def _label_fields(source: Source, labels: list[str] | None, count: int, usual: list[str] | None) -> dict:
+def _label_fields(
+    source: Source, labels: list[str] | None, count: int, usual: list[str] | None, notes: list[str]
+) -> dict:
     """The configuration's fields for `count` classes: the labels given, saved beside the weights, usual, or generic."""
     if labels is not None and len(labels) != count:
         raise ConversionError(f"--labels names {len(labels)} classes, and {source.name} has {count}")
     saved = source.config.get("id2label")
-    if labels is None and isinstance(saved, dict) and len(saved) == count:
-        names = [saved.get(str(i)) for i in range(count)]
-        generic = [f"LABEL_{i}" for i in range(count)]
-        labels = names if names != generic and all(isinstance(name, str) for name in names) else None
+    if labels is None and saved is not None:
+        names = [saved.get(str(i)) for i in range(count)] if isinstance(saved, dict) and len(saved) == count else [None]
+        if not all(isinstance(name, str) for name in names):
+            notes.append(f"left out the id2label of config.json, which does not name {count} classes")
+        elif names != [f"LABEL_{i}" for i in range(count)]:
+            labels = names
     if labels is None and usual is not None and len(usual) == count:
         labels = usual
     if labels is None:
@@ -329,6 +333,8 @@ def read_labels(path: Path) -> list[str]:
             if isinstance(labels, dict):
                 if all(isinstance(value, int) for value in labels.values()):
                     labels = {str(index): label for label, index in labels.items()}
+                if missing := [i for i in range(len(labels)) if str(i) not in labels]:
+                    raise ValueError(f"it has {len(labels)} classes, and none of index {missing[0]}")
                 labels = [labels[str(i)] for i in range(len(labels))]
         else:
             labels = path.read_text(encoding="utf-8-sig").splitlines()

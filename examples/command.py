@@ -53,10 +53,17 @@ def run(main) -> None:
         sys.exit(f"error: {one_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # which is no OSError, even where the disk is full
+            raise
+        sys.exit(f"error: {one_line(error)}")
 
 
 def one_line(error: Exception) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, 500)
+    message = str(error).strip() or type(error).__name__
+    if message.startswith("Caught "):  # in a process that loads data: its traceback, and then its message
+        message = message.splitlines()[-1].partition(": ")[2]
+    return textwrap.shorten(message, 500)
 
 
 def quiet() -> None:

@@ -38,6 +38,8 @@ def _decode(path, use, file=None):
     """`use` of the opened image; of `file`, where it is not in the file system, and `path` then names it in errors."""
     if file is None and Path(path).is_dir():
         raise ValueError(f"{path} is a folder: give image files")
+    if file is None and Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is a pipe or a device: give image files")
     try:
         with Image.open(path if file is None else file) as image:
             return use(image)
@@ -140,16 +142,24 @@ class ListedImages:
     """
 
     def __init__(self, folder: str, listing: Path):
-        files = {}
+        files, several = {}, set()
         for file in image_files(Path(folder)):
-            files |= {file.name: file, file.stem: file}
-        rows = [re.split(r"[\s,]+", line.strip()) for line in listing.read_text().splitlines() if line.strip()]
+            names = {file.name, file.stem}
+            several |= names & files.keys()
+            files |= dict.fromkeys(names, file)
+        try:
+            lines = listing.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{listing} is not a text: {error}") from error
+        rows = [re.split(r"[\s,]+", line.strip()) for line in lines if line.strip()]
         rows = [row for row in rows if row[0] != "ImageId"]  # the header of Kaggle's file
         for row in rows:
             if len(row) < 2:
                 raise ValueError(f"{listing}: lines must be an image file's name and its class, got {row[0]!r}")
             if row[0] not in files:
                 raise ValueError(f"{listing}: there is no image {row[0]} in {folder}")
+            if row[0] in several:
+                raise ValueError(f"{listing}: there are several images {row[0]} in {folder}")
         if not rows:
             raise ValueError(f"{listing} is empty")
         self.classes = sorted({row[1] for row in rows})

@@ -75,16 +75,35 @@ def main(arguments=None):
     checkpoint = last_checkpoint(args.output)
     if checkpoint and not args.resume:
         raise ValueError(f"{args.output} holds checkpoints: go on from the last with --resume, or name another folder")
-    if not args.resume and checkpoint is None and (args.output / "model.safetensors").exists():
-        raise ValueError(f"{args.output} holds a model already: name another folder")
+    if checkpoint is None and (args.output / "model.safetensors").exists():
+        without = " and no whole checkpoint to go on from" if args.resume else ""
+        raise ValueError(f"{args.output} holds a model already{without}: name another folder")
+    if checkpoint:
+        check_checkpoint(checkpoint, train.classes, recipe)
     args.output.mkdir(parents=True, exist_ok=True)
     trainer = make_trainer(model, train, validation, recipe, args)
     if trainer.is_world_process_zero():
         write(args.output / "recipe.json", json.dumps(recipe, indent=2))
+        if args.resume and not checkpoint:
+            print(f"no whole checkpoint in {args.output}: training starts anew")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
         finish(trainer, args.output)
     trainer.accelerator.end_training()
+
+
+def check_checkpoint(checkpoint: Path, classes: list[str], recipe: dict) -> None:
+    """Raises a ValueError where it was trained on other classes (LoRA's does not name them) or by another optimizer."""
+    config, earlier = checkpoint / "config.json", checkpoint.parent / "recipe.json"
+    try:
+        labels = json.loads(config.read_text())["id2label"] if config.exists() else dict(enumerate(classes))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{config} is damaged: delete {checkpoint} to go on from the one before") from error
+    if list(labels.values()) != classes:
+        raise ValueError(f"{checkpoint} was trained on other classes than the data's: {', '.join(labels.values())}")
+    optimizer = recipes.read(earlier, [])["optimizer"] if earlier.exists() else recipe["optimizer"]
+    if optimizer != recipe["optimizer"]:
+        raise ValueError(f"optimizer must stay {optimizer} for {checkpoint}, got {recipe['optimizer']}")
 
 
 def finish(trainer, output: Path) -> None:
@@ -290,6 +309,8 @@ def whole_batch(batch: dict) -> dict:
 
 def accuracy(predictions) -> dict[str, float]:
     counted = predictions.label_ids != -100
+    if not counted.any():
+        raise ValueError("none of the validation images can be read")
     return {"accuracy": float((predictions.predictions == predictions.label_ids)[counted].mean())}
 
 

@@ -64,11 +64,14 @@ NUMBERS = {
     **dict.fromkeys(["augmentation.colour.probability", "augmentation.colour.strength"], (0, 1)),
     **dict.fromkeys(["augmentation.shift", "augmentation.mixup", "augmentation.cutmix"], (0, 10)),
     **dict.fromkeys(["weight_decay", "lora.alpha", "training.learning_rate"], (0, 1e38)),
+    "training.num_train_epochs": (1e-6, 1e6),
 }
 INTEGERS = {
     **dict.fromkeys(["seed", "augmentation.off_epoch"], (0, 2**31 - 1)),
     "start_epoch": (0, 10**5),
     "augmentation.fill": (0, 255),
+    **dict.fromkeys([f"training.per_device_{part}_batch_size" for part in ("train", "eval")], (1, 2**20)),
+    "training.gradient_accumulation_steps": (1, 2**20),
     "lora.rank": (1, 2**16),
 }
 PAIRS = {

@@ -1,5 +1,6 @@
 """transformers' Trainer with what a recipe asks for beyond it: parameter groups, averaged weights, frozen parts."""
 
+import contextlib
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from augmentation import EpochOrder
+from command import one_line
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -76,7 +78,11 @@ class RecipeTrainer(Trainer):
                 module.eval()  # what is not trained keeps its BatchNorm statistics, and drops nothing
         outputs = model(pixel_values=inputs["pixel_values"])
         smoothing = self.recipe["label_smoothing"] if model.training else 0.0
-        loss = F.cross_entropy(outputs.logits.float(), inputs["labels"], label_smoothing=smoothing)
+        logits, labels = outputs.logits.float(), inputs["labels"]
+        if model.training or (labels != -100).any():
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        else:  # not one of a validation batch could be read
+            loss = logits.new_zeros(())
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args, **kwargs) -> Tensor:
@@ -108,8 +114,27 @@ class RecipeTrainer(Trainer):
             save_file(state, Path(output_dir or self.args.output_dir) / "ema.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_average(resume_from_checkpoint)
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._load_average(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """With the recipe's settings, which may be others than the checkpoint's."""
+        groups = self.optimizer.param_groups
+        settings = [{name: x for name, x in group.items() if name not in ("params", "lr")} for group in groups]
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                if group.get("initial_lr") and group["initial_lr"] != own["initial_lr"]:
+                    group["lr"] *= own["initial_lr"] / group["initial_lr"]
+                group.update(own)
+        if hasattr(self.lr_scheduler, "base_lrs"):
+            self.lr_scheduler.base_lrs = [own["initial_lr"] for own in settings]
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # for the log
+
+    def _load_rng_state(self, checkpoint):
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -118,6 +143,17 @@ class RecipeTrainer(Trainer):
     def _load_average(self, checkpoint: str) -> None:
         if self.ema:
             self.ema.module.load_state_dict(load_file(Path(checkpoint) / "ema.safetensors"))
+
+
+@contextlib.contextmanager
+def _reading(checkpoint: str | None):
+    try:
+        yield
+    except Exception as error:  # the files can be broken, or of another training, in many ways
+        raise ValueError(
+            f"{checkpoint} does not load into this training ({type(error).__name__}: {one_line(error)}): go on with the"
+            " settings that it was made with, or delete it to go on from the checkpoint before"
+        ) from error
 
 
 class _Steps(TrainerCallback):
@@ -146,14 +182,16 @@ class _Steps(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: the Trainer's state is written last."""
+    """The newest checkpoint that is whole: the Trainer's state is written last, and the rest is there too."""
     found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     for step in sorted(found, reverse=True):
+        needed = ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
         try:
             json.loads((found[step] / "trainer_state.json").read_text())
-            return found[step]
         except (OSError, ValueError):
             continue
+        if all(list(found[step].glob(name)) for name in needed):
+            return found[step]
     return None
 
 

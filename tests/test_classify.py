@@ -169,6 +169,8 @@ def test_files_that_are_no_images(tmp_path):
     assert says(classify(tmp_path / "bomb.png", check=False), "3600000000 pixels")
     assert says(classify(tmp_path / "missing.png", good, check=False), "missing.png does not exist")
     assert says(classify(IMAGES, check=False), str(IMAGES), "is a folder")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert says(classify(tmp_path / "pipe.png", check=False), "is a pipe or a device")
     assert says(classify(tmp_path / "a\nb.png", check=False), "a b.png")
 
 

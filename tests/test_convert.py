@@ -357,12 +357,16 @@ def test_settings_beside_a_file_are_kept_if_they_are_its_own(tmp_path):
 
     def config_with(name, **settings):
         (tmp_path / "config.json").write_text(json.dumps({"id2label": labels, **settings}))
-        run = converted(path, tmp_path / name, "--no-verify")
+        run = converted(path, tmp_path / name, "--no-verify", "--overwrite")
         return json.loads((tmp_path / name / "config.json").read_text()), run.err
 
     config, notes = config_with("own", **settings, dim=SMALL_VARIANT["dim"])
     assert config["window_size"] == [8, 8, 2, 2] and config["num_heads"] == [1, 1, 4, 8]
     assert config["id2label"] == labels and "note: kept from its config.json" in notes
+    assert "left out" not in notes
+    for wrong in ({**labels, "4": 4}, {"0": "a"}, list(labels)):
+        config, notes = config_with("own", **settings, dim=SMALL_VARIANT["dim"], id2label=wrong)
+        assert "LABEL_0" in config["id2label"].values() and "does not name 5 classes" in notes
     for other in ({**settings, "depths": [1, 3, 8, 4]}, {"model_type": "swin"}):
         config, notes = config_with(f"other-{other['model_type']}", **other)
         assert config["window_size"] == SMALL_VARIANT["window_size"] and "LABEL_0" in config["id2label"].values()
@@ -541,6 +545,17 @@ def test_weights_stay_in_the_sources_half_precision(tmp_path):
     weights = {n: t if NEVER_CAST.search(n) else t.bfloat16() for n, t in small_weights().items()}
     converted(save(tmp_path / "a.pth", {"state_dict": weights}), tmp_path / "out")
     assert_holds(tmp_path / "out", weights)
+
+
+def test_what_half_precision_cannot_hold_is_named_where_it_is_loaded_in_it(tmp_path):
+    """A head in float32 on a body in float16, which transformers loads in float16."""
+    weights = {n: t if NEVER_CAST.search(n) or "head" in n else t.half() for n, t in small_weights().items()}
+    converted(save(tmp_path / "a.pth", {"state_dict": weights}), tmp_path / "out")
+    assert_holds(tmp_path / "out", weights)
+    weights["head.weight"] = 1e6 * weights["head.weight"]
+    path = save(tmp_path / "b.pth", {"state_dict": weights})
+    words = ["head.weight", "not finite in torch.float16"]
+    assert_fails_and_leaves_nothing(tmp_path / "no", words, path, tmp_path / "no", "--no-verify")
 
 
 def test_verification_finds_a_changed_byte(checkpoint, tmp_path, monkeypatch):

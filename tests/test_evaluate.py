@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import logging
+import os
 import sys
 import warnings
 
@@ -112,6 +113,7 @@ def test_wrong_data_ends_in_one_line(tmp_path):
     (tmp_path / "class" / "Bag").mkdir(parents=True)
     (tmp_path / "other" / "Umbrella").mkdir(parents=True)
     Image.new("L", (28, 28)).save(tmp_path / "other" / "Umbrella" / "1.png")
+    os.mkfifo(tmp_path / "pipe")
     for arguments, words in [
         ([tmp_path / "missing", output], ["missing"]),
         ([tmp_path / "cut", output], ["cut", "not a whole IDX file"]),
@@ -120,12 +122,20 @@ def test_wrong_data_ends_in_one_line(tmp_path):
         ([tmp_path / "other", output], ["Umbrella", "not a label of the model"]),
         ([DATA, tmp_path / "nowhere" / "results.json"], ["nowhere", "does not exist"]),
         ([DATA, output, "--batch-size", "0"], ["--batch-size", "positive integer"]),
+        ([DATA, tmp_path / "pipe"], ["pipe is a folder or a device"]),
+        ([DATA, tmp_path], ["is a folder or a device"]),
+        ([DATA, output, "--confusion-matrix", output], ["would both be"]),
     ]:
         done = evaluate(*arguments, check=False)
         assert done.returncode != 0 and done.stdout == "", done
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert all(word in done.stderr for word in words), done.stderr
         assert not output.exists()
+
+
+def test_errors_of_processes_that_load_data_are_told_by_their_message():
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\nValueError: no image: a.png\n"
+    assert shared.one_line(ValueError(text)) == "no image: a.png"
 
 
 def test_measures_are_scikit_learns():
@@ -222,6 +232,12 @@ def test_imagenets_validation_images(images, tmp_path):
     (tmp_path / "val.csv").write_text(kaggle)
     listed = data.ListedImages(str(tmp_path), tmp_path / "val.csv")
     assert listed.classes == ["n03995372"] and listed.files == [(tmp_path / "ILSVRC2012_val_00000002.JPEG", 0)]
+    (tmp_path / "val.txt").write_bytes(b"\xef\xbb\xbf" + caffe.encode())
+    assert len(data.ListedImages(str(tmp_path), tmp_path / "val.txt")) == 3
+    (tmp_path / "again").mkdir()
+    Image.fromarray(images[1]).save(tmp_path / "again" / "ILSVRC2012_val_00000000.JPEG")
+    with pytest.raises(ValueError, match=r"several images ILSVRC2012_val_00000000.JPEG in"):
+        data.ListedImages(str(tmp_path), tmp_path / "val.txt")
     for text, message in (("490\n361\n", "lines must be .*'490'"), ("x.JPEG 3", "no image x.JPEG"), ("", "empty")):
         (tmp_path / "wrong.txt").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -231,6 +231,47 @@ def test_training_in_pieces_of_time(fashion, tmp_path, command, capsys):
     assert load_file(tmp_path / "more" / "model.safetensors").keys() == first.keys()
 
 
+def test_resuming_with_other_settings(fashion, tmp_path, command, capsys):
+    """The rates are the new recipe's, and what does not fit the checkpoint is refused in one line."""
+    schedule = {**RECIPE["training"], "lr_scheduler_type": "linear", "max_steps": 4}
+    arguments = ["--data", fashion, "--recipe", recipe_file(tmp_path, training=schedule)]
+    command(tmp_path / "first", *arguments, "--max-minutes", "1e-9")
+    for name in ("same", "slower", "muon", "linear", "cut", "lost", "classes"):
+        shutil.copytree(tmp_path / "first", tmp_path / name)
+    command(tmp_path / "same", *arguments, "--resume")
+    command(tmp_path / "slower", *arguments, "--resume", "--set", "training.learning_rate=0.0003",
+            "--set", "weight_decay=0.5")  # fmt: skip
+    rates = [log(tmp_path / name, "learning_rate") for name in ("same", "slower")]
+    assert rates[1][1:] == pytest.approx([rate / 10 for rate in rates[0][1:]])
+    optimizer = torch.load(tmp_path / "slower" / "checkpoint-4" / "optimizer.pt")
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.0, 0.5}
+
+    (tmp_path / "cut" / "checkpoint-1" / "scheduler.pt").write_bytes(b"")
+    config = tmp_path / "classes" / "checkpoint-1" / "config.json"
+    config.write_text(config.read_text().replace("Sandal", "Boot"))
+    shutil.copytree(tmp_path / "classes", tmp_path / "half")
+    (tmp_path / "half" / "checkpoint-1" / "config.json").write_text(config.read_text()[:99])
+    with pytest.raises(ValueError, match=r"checkpoint-1/config.json is damaged: delete"):
+        command(tmp_path / "half", *arguments, "--resume")
+    for name, setting, message in [
+        ("cut", "seed=0", "cut/checkpoint-1 does not load into this training"),
+        ("linear", "freeze_backbone=true", "linear/checkpoint-1 does not load into this training"),
+        ("muon", "optimizer=muon", "optimizer must stay adamw for .*/muon/checkpoint-1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            command(tmp_path / name, *arguments, "--resume", "--set", setting)
+    with pytest.raises(ValueError, match=r"trained on other classes than the data's: .*Boot"):
+        command(tmp_path / "classes", *arguments, "--resume")
+
+    (tmp_path / "lost" / "checkpoint-1" / "optimizer.pt").unlink()
+    capsys.readouterr()
+    command(tmp_path / "lost", *arguments, "--resume")
+    assert "no whole checkpoint" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "lost" / "checkpoint-4")
+    with pytest.raises(ValueError, match="holds a model already and no whole checkpoint"):
+        command(tmp_path / "lost", *arguments, "--resume")
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_give_the_curve_of_one(tmp_path, command, capfd):
     """With BatchNorm over both processes' images. One of the images is broken, and both trainings finish."""
@@ -325,6 +366,26 @@ def test_the_best_average_is_loaded_at_the_end(tiny_trainer):
     assert best.name != "checkpoint-13"  # the highest loss is not the last one
     expected = load_file(best / "ema.safetensors")
     assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_validation_batch_without_a_readable_image_counts_for_nothing(tmp_path, command):
+    """All of them unreadable is an error."""
+    images = data.FashionMNIST(FIXTURES / "fashion-mnist", "t10k")
+    for i in range(24):
+        file = tmp_path / "data" / ("val" if i < 4 else "train") / str(i % 2) / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        images[i][0].save(file)
+    last = tmp_path / "data" / "val" / "1" / "03.png"
+    last.write_bytes(last.read_bytes()[:-60])
+    arguments = ["--data", tmp_path / "data", "--recipe", recipe_file(tmp_path, augmentation={}), "--set",
+                 "training.max_steps=2", "--set", "training.per_device_eval_batch_size=1"]  # fmt: skip
+    command(tmp_path / "some", *arguments)
+    (loss,) = log(tmp_path / "some", "eval_loss")
+    assert 0 < loss < 4 and log(tmp_path / "some", "eval_accuracy")[0] in (0, 1 / 3, 2 / 3, 1)
+    for file in (tmp_path / "data" / "val").rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match="none of the validation images can be read"):
+        command(tmp_path / "none", *arguments)
 
 
 def test_unreadable_images_are_named_whatever_they_are_called(tmp_path, capfd):
@@ -629,6 +690,8 @@ def test_wrong_settings_are_named(fashion, tmp_path, command):
         ([*base, "--set", "training.eval_strategy=often"], "TrainingArguments does not take .*often"),
         ([*base, "--set", "training=3"], "training must be an object, got 3"),
         ([*base, "--set", "model=MambaVision-T-1K"], "model must be an object, got 'MambaVision-T-1K'"),
+        ([*base, "--set", "training.per_device_eval_batch_size=0"], "eval_batch_size must be an integer in 1"),
+        ([*base, "--set", "training.num_train_epochs=0"], "training.num_train_epochs must be a number in 1e-06"),
         ([*base, "--set", "training.max_steps=x"], "training.max_steps must be -1 or the like, got 'x'"),
         ([*base, "--set", "training.lr_scheduler_kwargs=3"], "training.lr_scheduler_kwargs must be an object, got 3"),
         ([*base, "--set", "augmentation.flip=null"], "augmentation.flip must be a number in 0 ... 1, got None"),
