@@ -174,7 +174,7 @@ class _Fused(nn.Module):
         y, bias = _to(_precision(x, self.layer, is_prepared=True), x, self.layer.bias)
         return self._compute(y, bias).to(x.dtype)
 
-    def _packed(self, pack, dtype: torch.dtype, *args) -> Tensor:
+    def _pack(self, pack, dtype: torch.dtype, *args) -> Tensor:
         """pack(weight, *args) of the weight in a precision, kept until the weights are others."""
         weight = self.layer.weight
         # what tells of other weights; tensors made in inference mode do not count their changes
@@ -214,19 +214,19 @@ class FusedConv2d(_Fused):
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         c = self.layer
         if winograd_pays(x, c, is_prepared=True):
-            return _convolve_by_winograd(x, self._packed(winograd_filters, x.dtype), bias, self.gelu)
+            return _convolve_by_winograd(x, self._pack(winograd_filters, x.dtype), bias, self.gelu)
         reorder, shape = torch.ops.mkldnn._reorder_convolution_weight, list(x.shape)
-        weight = self._packed(reorder, x.dtype, c.padding, c.stride, c.dilation, c.groups, shape)
+        weight = self._pack(reorder, x.dtype, c.padding, c.stride, c.dilation, c.groups, shape)
         return _convolve(x, c, weight, bias, self.gelu)
 
 
 class FusedLinear(_Fused):
     def _can_fuse(self, x: Tensor) -> bool:
-        return _is_plain(self.layer, nn.Linear) and super()._can_fuse(x) and _gains(x, self.layer)
+        return _is_plain(self.layer, nn.Linear) and super()._can_fuse(x) and _is_worth_replacing(x, self.layer)
 
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        pack = torch.ops.mkldnn._reorder_linear_weight if _pays(x, self.layer) else Tensor.contiguous
-        return _linear(x, self.layer, self._packed(pack, x.dtype), bias, self.gelu)
+        pack = torch.ops.mkldnn._reorder_linear_weight if _onednn_is_faster(x, self.layer) else Tensor.contiguous
+        return _linear(x, self.layer, self._pack(pack, x.dtype), bias, self.gelu)
 
 
 def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None = None) -> Tensor:
@@ -234,7 +234,7 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
 
     Only where nothing but the time tells the two apart.
     """
-    if not _folds(x, conv, norm):
+    if not _is_worth_folding(x, conv, norm):
         x = conv(x) if norm is None else norm(conv(x))
         return x if activation is None else activation(x)
     dtype = _precision(x, conv)
@@ -251,7 +251,8 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
 _LEAST_MAP = 2**16
 
 
-def _folds(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
+def _is_worth_folding(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
+    """Whether a convolution and the norm behind it, or none, can be computed as one here, and are faster so."""
     if norm is None:
         return _is_plain_conv(conv) and _onednn_takes(x, conv) and _precision(x, conv) != x.dtype and x.ndim == 4
     if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _may_replace(x, norm):
@@ -288,7 +289,7 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
     Only where nothing but the time tells the two apart.
     """
     fits = _is_plain(layer, nn.Linear) and (activation is None or _is_gelu(activation))
-    if fits and _onednn_takes(x, layer) and _gains(x, layer):
+    if fits and _onednn_takes(x, layer) and _is_worth_replacing(x, layer):
         y, weight, bias = _to(_precision(x, layer), x, layer.weight, layer.bias)
         return _linear(y, layer, weight, bias, activation).to(x.dtype)
     x = layer(x)
@@ -299,16 +300,18 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
 _LEAST_WORK = 2**23
 
 
-def _gains(x: Tensor, layer: nn.Linear) -> bool:
-    return _pays(x, layer) or _precision(x, layer) != x.dtype
+def _is_worth_replacing(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether a linear layer gains by oneDNN's operator, or by another precision."""
+    return _onednn_is_faster(x, layer) or _precision(x, layer) != x.dtype
 
 
-def _pays(x: Tensor, layer: nn.Linear) -> bool:
+def _onednn_is_faster(x: Tensor, layer: nn.Linear) -> bool:
+    """Than torch's own linear layer, whose products are MKL's."""
     return x.numel() * layer.out_features >= _LEAST_WORK and _has_avx512()
 
 
 def _linear(x: Tensor, layer: nn.Linear, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
-    if _pays(x, layer):
+    if _onednn_is_faster(x, layer):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_pointwise(activation))
     x = F.linear(x, weight, bias)
     return x if activation is None else activation(x)

@@ -134,7 +134,7 @@ def test_wrong_data_ends_in_one_line(tmp_path):
 
 
 def test_errors_of_processes_that_load_data_are_told_by_their_message():
-    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\nValueError: no image: a.png\n"
+    text = "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback:\n  x\nValueError: no image: a.png\n"
     assert shared.one_line(ValueError(text)) == "no image: a.png"
 
 

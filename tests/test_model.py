@@ -553,7 +553,7 @@ def test_small_layers_in_half_precision_stay_in_it(monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
         patch.setattr(fusion_mambavision, "_onednn_takes", lambda x, layer: True)
-        patch.setattr(fusion_mambavision, "_gains", lambda x, layer: True)
+        patch.setattr(fusion_mambavision, "_is_worth_replacing", lambda x, layer: True)
         patch.setattr(fusion_mambavision, "_linear", lambda x, layer, weight, *_: seen.extend((x, weight)) or x)
         fusion_mambavision.FusedLinear(layer)(torch.zeros(1, 4, 64, dtype=dtype))
     assert [x.dtype for x in seen] == [torch.float32] * 2
