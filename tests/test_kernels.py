@@ -485,6 +485,12 @@ class TestCompiled:
         ]
         assert loads[0] - loads[1] >= 2 * kernels._STEPS * 6  # two loads for a row of B or C instead of eight
 
+    def test_the_number_of_channels_is_nothing_to_compile_for(self):
+        """Known as a multiple of 16, as the models' are, it spreads a channel's states over many lanes."""
+        for name in ("_scan_kernel", "_chunk_ends_kernel", "_carry_kernel", "_scan_backward_kernel"):
+            (channels,) = (p for p in getattr(kernels, name).params if p.name == "channels")
+            assert channels.do_not_specialize and not channels.is_constexpr
+
     def test_double_precision_compiles(self):
         for name, constants in (VARIANTS[3], VARIANTS[5], VARIANTS[10]):
             compile_for(90, name, constants, "fp64", exact="fp64")
