@@ -242,6 +242,8 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
     y = x.to(dtype)
     if winograd_pays(y, conv, is_prepared=False):
         y = _convolve_by_winograd(y, winograd_filters(weight), bias, activation)
+    elif norm is None and activation is None and _has_few_pixels(y, conv):
+        y = _multiply_patches(y, conv, weight, bias)
     else:
         y = _convolve(y, conv, weight.contiguous(memory_format=torch.channels_last), bias, activation)
     return y.to(x.dtype)
@@ -254,12 +256,32 @@ _LEAST_MAP = 2**16
 def _is_worth_folding(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
     """Whether a convolution and the norm behind it, or none, can be computed as one here, and are faster so."""
     if norm is None:
-        return _is_plain_conv(conv) and _onednn_takes(x, conv) and _precision(x, conv) != x.dtype and x.ndim == 4
+        if not _is_plain_conv(conv) or not _onednn_takes(x, conv) or x.ndim != 4:
+            return False
+        return _precision(x, conv) != x.dtype or _has_few_pixels(x, conv)
     if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _may_replace(x, norm):
         return False
     if _precision(x, conv) != x.dtype:
         return True
     return x.numel() >= max(_LEAST_MAP, conv.weight.numel()) or winograd_pays(x, conv, is_prepared=False)
+
+
+# Weights of a convolution for each number of its map from which on a product with the map's patches is faster: it takes
+# the weights as they lie, and oneDNN's convolution reorders them at every call
+_LEAST_WEIGHTS = 10
+
+
+def _has_few_pixels(x: Tensor, conv: nn.Conv2d) -> bool:
+    is_usual = x.dtype == torch.float32 and conv.groups == 1 and conv.weight.is_contiguous()
+    return is_usual and conv.weight.numel() >= _LEAST_WEIGHTS * x.numel()
+
+
+def _multiply_patches(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of these weights as one product, in channels_last layout."""
+    settings = zip(x.shape[2:], conv.kernel_size, conv.dilation, conv.padding, conv.stride, strict=True)
+    sides = [(side + 2 * p - dilation * (size - 1) - 1) // step + 1 for side, size, dilation, p, step in settings]
+    patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).transpose(1, 2)
+    return F.linear(patches, weight.flatten(1), bias).unflatten(1, sides).permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:

@@ -16,7 +16,7 @@ output=$(mkdir -p "$output" && cd "$output" && pwd) || exit 1
 cd "$root" || exit 1
 
 total=${TOTAL:-530} # seconds for everything
-build=190           # in the background, while the tests run
+build=180           # in the background, while the tests run
 gpu_tests=130
 scan_tests=50
 mamba_ssm_tests=35

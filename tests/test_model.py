@@ -763,6 +763,25 @@ def test_changed_layers_compute_what_they_say(classifier, change, fused):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bias": False}, {"stride": 2, "padding": 1}, {"dilation": (2, 1), "padding": (3, 0), "stride": (1, 2)}],
+)
+def test_convolutions_of_few_pixels(settings):
+    """As a product with the weights as they lie."""
+    conv, x = nn.Conv2d(64, 128, (3, 2), **settings), image((2, 64, 5, 6)).contiguous(memory_format=torch.channels_last)
+    with torch.profiler.profile() as profile:
+        y = fusion_mambavision.convolution(x, conv, None)
+    assert "aten::im2col" in {event.name for event in profile.events()} or not torch.backends.mkldnn.is_available()
+    expected = copy.deepcopy(conv).double()(x.double())
+    assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
+    assert (y - expected).abs().max() < 1e-5 * expected.std()
+    with torch.profiler.profile() as profile:
+        fusion_mambavision.convolution(image((2, 64, 50, 60)), conv, None)
+    assert "aten::im2col" not in {event.name for event in profile.events()}
+
+
+@torch.no_grad()
 def test_folded_weights_in_half_precision_are_rounded_once():
     conv, norm = nn.Conv2d(8, 8, 3).bfloat16(), nn.BatchNorm2d(8).bfloat16()
     norm.weight.uniform_(0.5, 2)
