@@ -103,7 +103,7 @@ def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
 
 
 def _is_plain_conv(conv: nn.Module | None) -> bool:
-    """The same of a convolution with zeros at the borders."""
+    """Whether a convolution is plain in that sense, and pads with zeros."""
     return _is_plain(conv, nn.Conv2d) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
@@ -272,6 +272,7 @@ _LEAST_WEIGHTS = 10
 
 
 def _has_few_pixels(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether `_multiply_patches` is the faster form."""
     is_usual = x.dtype == torch.float32 and conv.groups == 1 and conv.weight.is_contiguous()
     return is_usual and conv.weight.numel() >= _LEAST_WEIGHTS * x.numel()
 

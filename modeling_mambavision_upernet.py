@@ -63,8 +63,9 @@ class MambaVisionUperNetConfig(PretrainedConfig):
         if not isinstance(backbone_config, PretrainedConfig):
             fields = {"out_indices": [0, 1, 2, 3], "num_labels": 0, **(backbone_config or {})}
             backbone_config = MambaVisionConfig(**fields)
-        if list(backbone_config.out_indices) != [0, 1, 2, 3]:
-            raise ValueError(f"backbone_config must give all four stages, got {backbone_config.out_indices=}")
+        chosen = getattr(backbone_config, "out_indices", None)
+        if list(chosen or []) != [0, 1, 2, 3]:
+            raise ValueError(f"backbone_config.out_indices must be all four stages, [0, 1, 2, 3], got {chosen}")
         self.backbone_config = backbone_config
         self.hidden_size = hidden_size
         self.pool_scales = list(pool_scales)

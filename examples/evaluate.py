@@ -45,12 +45,13 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
 
     quiet()
-    args.output, args.confusion_matrix = (path and path.resolve() for path in (args.output, args.confusion_matrix))
     for path in filter(None, (args.output, args.confusion_matrix)):  # found out now and not after the work
         if not path.parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist")
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is a folder or a device: name a file")
+    # where a link leads, which stays one
+    args.output, args.confusion_matrix = (path and path.resolve() for path in (args.output, args.confusion_matrix))
     if args.output == args.confusion_matrix:
         raise ValueError(f"the results and the confusion matrix would both be {args.output}")
     if args.confusion_matrix:

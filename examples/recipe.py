@@ -173,7 +173,8 @@ def _check(recipe: dict) -> None:
                              f" {', '.join(sorted(existing))}")  # fmt: skip
         # what TrainingArguments would take, and Trainer fail on
         if isinstance(existing[key], int | float) and not isinstance(value, int | float | None):
-            raise ValueError(f"training.{key} must be {json.dumps(existing[key])} or the like, got {value!r}")
+            kind = "true or false" if isinstance(existing[key], bool) else "a number"
+            raise ValueError(f"training.{key} must be {kind}, got {value!r}")
         if key.endswith("_kwargs") and not isinstance(value, dict | None):
             raise ValueError(f"training.{key} must be an object, got {value!r}")
 

@@ -147,6 +147,7 @@ class RecipeTrainer(Trainer):
 
 @contextlib.contextmanager
 def _reading(checkpoint: str | None):
+    """What fails within becomes a ValueError that names the checkpoint."""
     try:
         yield
     except Exception as error:  # the files can be broken, or of another training, in many ways
@@ -185,7 +186,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that is whole: the Trainer's state is written last, and the rest is there too."""
     found = {int(path.name.split("-")[1]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()}
     for step in sorted(found, reverse=True):
-        needed = ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
+        needed = ("*model*", "optimizer.pt", "scheduler.pt", "rng_state*.pth")
         try:
             json.loads((found[step] / "trainer_state.json").read_text())
         except (OSError, ValueError):

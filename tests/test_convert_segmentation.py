@@ -24,7 +24,7 @@ from repository.conversion.source import Source
 from repository.modeling_mambavision import MambaVisionBackbone
 from repository.modeling_mambavision_upernet import MambaVisionUperNetConfig, UperNetForSemanticSegmentation
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, Trainer, TrainingArguments
 from weights import filled, image
 
 
@@ -496,6 +496,10 @@ def test_configuration_takes_fields_or_an_object():
         assert config.num_labels == 4 and config.auxiliary_in_channels == 64
     with pytest.raises(ValueError, match="depths"):
         MambaVisionUperNetConfig({"depths": [1]})
-    for chosen in (MambaVisionConfig(**fields), {**fields, "out_indices": [1, 2, 3]}):
-        with pytest.raises(ValueError, match="backbone_config must give all four stages, got"):
+    for chosen, got in (
+        (MambaVisionConfig(**fields), "[3]"),
+        ({**fields, "out_indices": [1, 2, 3]}, "[1, 2, 3]"),
+        (BertConfig(), "None"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"must be all four stages, [0, 1, 2, 3], got {got}")):
             MambaVisionUperNetConfig(chosen)

@@ -423,7 +423,7 @@ VARIANTS = [
 ]
 
 
-def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", align=None):
+def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", align=None, row=36):
     """A kernel compiled for compute capability `arch`; its registers and bytes of stack (what registers spill to)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -433,7 +433,7 @@ def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", ali
     if "ALIGN" in kernel.arg_names:
         constants["ALIGN"] = align or 16
     steps = {"u_step": 160, "dt_step": 160, "x_step": 160, "y_step": 320, "grad_y_step": 320}
-    steps |= {"B_step": 36, "C_step": 36, "W_step": 36}  # as in T's third stage
+    steps |= dict.fromkeys(("B_step", "C_step", "W_step"), row)  # by default as in T's third stage
     constants |= {p.name: steps[p.name] for p in kernel.params if p.is_constexpr and p.name in steps}
     types = {n: f"*{inputs}" if n in INPUTS else f"*{exact}" if n in EXACT else integers for n in kernel.arg_names}
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
@@ -480,10 +480,12 @@ class TestCompiled:
 
     def test_aligned_rows_are_read_by_vector_loads(self):
         loads = [
-            len(re.findall(r"ld\.global", compile_for(90, *VARIANTS[0], "bf16", align=align).asm["ptx"]))
-            for align in (2, 8)
+            len(re.findall(r"ld\.global", compile_for(90, *VARIANTS[0], "bf16", align=align, row=row).asm["ptx"]))
+            for align, row in ((2, 56), (16, 56), (8, 36))
         ]
-        assert loads[0] - loads[1] >= 2 * kernels._STEPS * 6  # two loads for a row of B or C instead of eight
+        rows = 2 * (2 * kernels._STEPS + 1)  # of B and C: before the loop, in it, and in the loop over what is left
+        assert loads[0] - loads[1] == 7 * rows  # one load for a row instead of eight
+        assert loads[0] - loads[2] == 6 * rows  # two where rows begin at multiples of 8 bytes
 
     def test_the_number_of_channels_is_nothing_to_compile_for(self):
         """Known as a multiple of 16, as the models' are, it spreads a channel's states over many lanes."""

@@ -776,9 +776,17 @@ def test_convolutions_of_few_pixels(settings):
     expected = copy.deepcopy(conv).double()(x.double())
     assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
     assert (y - expected).abs().max() < 1e-5 * expected.std()
-    with torch.profiler.profile() as profile:
-        fusion_mambavision.convolution(image((2, 64, 50, 60)), conv, None)
-    assert "aten::im2col" not in {event.name for event in profile.events()}
+    others = (
+        (image((2, 64, 50, 60)), conv),
+        (x, nn.Conv2d(64, 256, 3, groups=2)),
+        (x, nn.Conv2d(64, 256, 3).to(memory_format=torch.channels_last)),  # the product would copy its weights
+        (x.double(), copy.deepcopy(conv).double()),
+    )
+    for other, layer in others:
+        with torch.profiler.profile() as profile:
+            y = fusion_mambavision.convolution(other, layer, None)
+        assert "aten::im2col" not in {event.name for event in profile.events()}
+        torch.testing.assert_close(y, layer(other))
 
 
 @torch.no_grad()
