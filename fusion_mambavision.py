@@ -16,7 +16,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .selective_scan import HALVES, ONEDNN_DTYPES, is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
@@ -116,22 +115,28 @@ def _is_gelu(activation: nn.Module | None) -> bool:
     return type(activation) is nn.GELU and is_untouched(activation)
 
 
-def _folded_weights(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution and the norm in one, in half precision rounded once."""
+def _folded_weights(
+    conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype, layout: torch.memory_format = torch.preserve_format
+) -> tuple[Tensor, Tensor]:
+    """Weight, in a layout, and bias of the convolution and the norm in one, in half precision rounded once."""
     mean, variance, scale, shift = (
-        x if x is None or x.dtype == torch.float64 else x.float()
+        x if x is None or x.dtype in (torch.float32, torch.float64) else x.float()
         for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     )
-    with torch.no_grad():
-        weight, bias = _to(dtype, conv.weight, conv.bias)
-        return fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
+    factor = torch.rsqrt(variance + norm.eps)
+    factor = factor if scale is None else factor * scale
+    bias = -mean if conv.bias is None else conv.bias - mean
+    bias = bias * factor if shift is None else torch.addcmul(shift, bias, factor)
+    weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=layout)
+    torch.mul(conv.weight, factor.view(-1, 1, 1, 1), out=weight)
+    return weight, bias.to(dtype)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     """A new convolution: the old one may also be used elsewhere."""
     folded = copy.deepcopy(conv)
-    folded.weight, folded.bias = _folded_weights(conv, norm, conv.weight.dtype)
-    return folded
+    folded.weight, folded.bias = map(nn.Parameter, _folded_weights(conv, norm, conv.weight.dtype))
+    return folded.requires_grad_(False)
 
 
 def _scale(layer: nn.Module, gamma: Tensor) -> None:
@@ -238,9 +243,14 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
         x = conv(x) if norm is None else norm(conv(x))
         return x if activation is None else activation(x)
     dtype = _precision(x, conv)
-    weight, bias = _to(dtype, conv.weight, conv.bias) if norm is None else _folded_weights(conv, norm, dtype)
     y = x.to(dtype)
-    if winograd_pays(y, conv, is_prepared=False):
+    is_winograd = winograd_pays(y, conv, is_prepared=False)
+    if norm is not None:
+        layout = torch.contiguous_format if is_winograd else torch.channels_last
+        weight, bias = _folded_weights(conv, norm, dtype, layout)
+    else:
+        weight, bias = _to(dtype, conv.weight, conv.bias)
+    if is_winograd:
         y = _convolve_by_winograd(y, winograd_filters(weight), bias, activation)
     elif norm is None and activation is None and _has_few_pixels(y, conv):
         y = _multiply_patches(y, conv, weight, bias)
@@ -263,7 +273,7 @@ def _is_worth_folding(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> boo
         return False
     if _precision(x, conv) != x.dtype:
         return True
-    return x.numel() >= max(_LEAST_MAP, conv.weight.numel()) or winograd_pays(x, conv, is_prepared=False)
+    return x.numel() >= _LEAST_MAP
 
 
 # Weights of a convolution for each number of its map from which on a product with the map's patches is faster: it takes
@@ -362,12 +372,13 @@ def _may_replace(x: Tensor, layer: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.numel() == 0:
         return False
-    tensors = [x, layer.weight] if layer.bias is None else [x, layer.weight, layer.bias]
-    if any(t.device.type != "cpu" or t.layout != torch.strided or t.dtype != x.dtype for t in tensors):
-        return False
-    if layer.bias is not None and layer.bias.stride() != (1,):  # they read it as if it were dense
-        return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    weight, bias = layer.weight, layer.bias
+    for tensor in (x, weight) if bias is None else (x, weight, bias):
+        if not tensor.is_cpu or tensor.layout != torch.strided or tensor.dtype != x.dtype:
+            return False
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return False
+    if bias is not None and bias.stride() != (1,):  # they read it as if it were dense
         return False
     if torch.is_autocast_enabled("cpu") or is_transformed():
         return False
@@ -411,4 +422,5 @@ def _is_slow(dtype: torch.dtype) -> bool:
 
 
 def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.to(dtype) for x in tensors]
+    # asking first: at a single image, a hundred calls that change nothing are felt
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
