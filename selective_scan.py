@@ -517,7 +517,7 @@ _blocked_scan.register_autograd(_backward, setup_context=_save_for_backward)
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     """As a convolution of images one pixel high: for those, torch has kernels for the layout of x, channels last.
 
-    Or tap by tap where nobody asks for gradients: on a CPU in half the time.
+    On a CPU without gradients tap by tap, which takes half the time.
     """
     if x.device.type == "cpu" and x.dtype in HALVES and x.dtype not in ONEDNN_DTYPES:
         # torch's own convolutions in half precision take 20 times as long

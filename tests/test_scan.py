@@ -1,5 +1,6 @@
 """The selective scan in plain torch against its definition in float64, one step after the other."""
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,41 @@ def test_convolution_in_half_precision_without_onednn(monkeypatch, dtype, autoca
             value = convolve(x, weight)
             assert value.dtype == dtype
             assert ((value - exact).abs() <= 0.5 * torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 196])
+def test_convolution_of_recorded_and_of_other_tokens(length):
+    """Two forms: one torch differentiates, and one in less time."""
+    x, weight = torch.randn(2, length, 48)[..., 8:24], torch.randn(16, 1, 3)
+    exact = F.silu(F.conv1d(x.double().transpose(1, 2), weight.double(), padding=1, groups=16)).transpose(1, 2)
+    kept = x.clone()
+    for recorded in ((False, False), (True, False), (False, True)):
+        tensors = [y.clone().requires_grad_(is_recorded) for y, is_recorded in zip((x, weight), recorded, strict=True)]
+        value = scan_module.silu_convolve(*tensors)
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
+        assert value.requires_grad == any(recorded)
+    with torch.no_grad():
+        torch.testing.assert_close(scan_module.silu_convolve(x, weight).double(), exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, kept)
+
+
+HEAP = """
+import re, sys, types, torch
+if sys.argv[1:]:
+    package = types.ModuleType("repository"); package.__path__ = sys.argv[1:]; sys.modules["repository"] = package
+    import repository.selective_scan
+block = torch.empty(30 * 2**20, dtype=torch.uint8)
+address, maps = block.data_ptr(), open("/proc/self/maps").read()
+heap = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*\\[heap\\]$", maps, re.MULTILINE)
+print(any(int(start, 16) <= address < int(end, 16) for start, end in heap))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the C library of Linux")
+def test_freed_memory_is_kept():
+    """A block of 30 MiB is mapped from the system, and unmapped later; with the module, it is a part of the heap."""
+    is_kept = [run_python(HEAP, *folders).stdout.strip() for folders in ((), (Path(scan_module.__file__).parent,))]
+    assert is_kept == ["False", "True"]
 
 
 def test_compiled_scan_keeps_one_graph_and_gives_the_same():
