@@ -125,8 +125,8 @@ def _folded_weights(
     )
     factor = torch.rsqrt(variance + norm.eps)
     factor = factor if scale is None else factor * scale
-    bias = -mean if conv.bias is None else conv.bias - mean
-    bias = bias * factor if shift is None else torch.addcmul(shift, bias, factor)
+    offset = -mean if conv.bias is None else conv.bias - mean
+    bias = offset * factor if shift is None else torch.addcmul(shift, offset, factor)
     weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=layout)
     torch.mul(conv.weight, factor.view(-1, 1, 1, 1), out=weight)
     return weight, bias.to(dtype)

@@ -26,7 +26,7 @@ POINTS = (0.0, 0.625, -0.625, 1.5, -1.5)
 PIECE = 2**19
 # What the rest costs, in multiplications of a direct convolution in the same time (measured with AVX-512, 2 threads):
 # a channel of a tile, a number of the filters, and a call
-TILE_COST, FILTER_COST, CALL_COST = 3600, 4000, 2e7
+TILE_COST, FILTER_COST, CALL_COST = 3400, 1800, 1e7
 
 
 @functools.cache
