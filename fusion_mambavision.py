@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from .selective_scan import HALVES, ONEDNN_DTYPES, is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
@@ -70,10 +71,7 @@ def _fuse_conv_block(block: nn.Module) -> None:
     gelu = block.act1 if _is_gelu(block.act1) else None
     block.conv1 = FusedConv2d(_folded(block.conv1, block.norm1), gelu)
     block.act1 = block.act1 if gelu is None else nn.Identity()
-    conv2 = _folded(block.conv2, block.norm2)
-    if block.gamma is not None:
-        _scale(conv2, block.gamma)
-    block.conv2 = FusedConv2d(conv2)
+    block.conv2 = FusedConv2d(_folded(block.conv2, block.norm2, block.gamma))
     block.norm1, block.norm2, block.gamma = nn.Identity(), nn.Identity(), None
 
 
@@ -116,27 +114,34 @@ def _is_gelu(activation: nn.Module | None) -> bool:
 
 
 def _folded_weights(
-    conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype, layout: torch.memory_format = torch.preserve_format
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.preserve_format,
+    gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weight, in a layout, and bias of the convolution and the norm in one, in half precision rounded once."""
+    """Weight, in a layout, and bias of the convolution, the norm and a layer scale in one; to half precision rounded
+    once."""
     mean, variance, scale, shift = (
         x if x is None or x.dtype in (torch.float32, torch.float64) else x.float()
         for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     )
-    factor = torch.rsqrt(variance + norm.eps)
-    factor = factor if scale is None else factor * scale
+    factor = torch.rsqrt(variance + norm.eps) * scale
     offset = -mean if conv.bias is None else conv.bias - mean
     bias = offset * factor if shift is None else torch.addcmul(shift, offset, factor)
+    if gamma is not None:
+        factor, bias = factor * gamma, bias * gamma
     weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=layout)
     torch.mul(conv.weight, factor.view(-1, 1, 1, 1), out=weight)
     return weight, bias.to(dtype)
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, gamma: Tensor | None = None) -> nn.Conv2d:
     """A new convolution: the old one may also be used elsewhere."""
     folded = copy.deepcopy(conv)
-    folded.weight, folded.bias = map(nn.Parameter, _folded_weights(conv, norm, conv.weight.dtype))
-    return folded.requires_grad_(False)
+    weights = _folded_weights(conv, norm, conv.weight.dtype, gamma=gamma)
+    folded.weight, folded.bias = (nn.Parameter(x, requires_grad=False) for x in weights)
+    return folded
 
 
 def _scale(layer: nn.Module, gamma: Tensor) -> None:
@@ -259,7 +264,7 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
     return y.to(x.dtype)
 
 
-# Numbers in a map from which on BatchNorm and the activation take longer than folding
+# Numbers in a convolution's input from which on BatchNorm and the activation take longer than folding
 _LEAST_MAP = 2**16
 
 
@@ -382,8 +387,10 @@ def _may_replace(x: Tensor, layer: nn.Module) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or is_transformed():
         return False
-    # modes that count, for one
-    return not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
+    # modes that count, for one; the default device is a mode too
+    if torch._C._len_torch_dispatch_stack():
+        return False
+    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 # Products with each weight from which on float32, where half precision is slow, gains more than bringing the weights to

@@ -68,9 +68,9 @@ def _touch_constants() -> None:
 def _keep_freed_memory() -> None:
     """Keep what a forward pass frees for the next one, which would otherwise fetch it from the system page by page.
 
-    The C library of Linux gives memory back as soon as twice the size of the largest block that it has unmapped is
-    free, counting blocks of up to 32 MiB. So free one of nearly that size, which nobody has written to: from then on up
-    to 64 MiB stay. For one image, a thousand page faults took 3 % of the time.
+    At the end of a thread's heap, glibc gives memory back as soon as twice the size of the largest block that it has
+    unmapped is free, counting blocks of up to 32 MiB. So free one of nearly that size, which nobody has written to:
+    from then on up to 64 MiB stay. For one image, a thousand page faults took 3 % of the time.
     """
     torch.empty(2**25 - 2**16, device="cpu", dtype=torch.uint8)
 
@@ -517,13 +517,15 @@ _blocked_scan.register_autograd(_backward, setup_context=_save_for_backward)
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     """As a convolution of images one pixel high: for those, torch has kernels for the layout of x, channels last.
 
-    On a CPU without gradients tap by tap, which takes half the time.
+    On a CPU without gradients tap by tap, which takes half the time; in float32, for each tap would be rounded.
     """
-    if x.device.type == "cpu" and x.dtype in HALVES and x.dtype not in ONEDNN_DTYPES:
+    is_on_cpu = x.device.type == "cpu"
+    if is_on_cpu and x.dtype in HALVES and x.dtype not in ONEDNN_DTYPES:
         # torch's own convolutions in half precision take 20 times as long
         return _in_full_precision(_convolve)(x.float(), weight.float()).to(x.dtype)
     is_recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and not is_recorded and not is_transformed():
+    is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if is_on_cpu and is_float32 and not is_recorded:
         before, at, after = weight[:, 0].T.contiguous()
         y = x * at
         y[:, 1:].addcmul_(x[:, :-1], before)

@@ -35,8 +35,8 @@ def _transforms() -> tuple[Tensor, Tensor, Tensor]:
 
     def powers(count: int) -> Tensor:
         """Row i: the powers 0 ... count - 1 of point i; of infinity the highest alone."""
-        finite = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** torch.arange(count)
-        return torch.cat([finite, torch.eye(count, dtype=torch.float64)[-1:]])
+        finite = torch.tensor(POINTS, dtype=torch.float64, device="cpu")[:, None] ** torch.arange(count, device="cpu")
+        return torch.cat([finite, torch.eye(count, dtype=torch.float64, device="cpu")[-1:]])
 
     # Polynomials are multiplied by their values, from which the inverse of all powers makes coefficients again. The
     # transposed map is a convolution.
@@ -69,9 +69,10 @@ def _products_are_exact() -> bool:
 
 
 def winograd_filters(weight: Tensor) -> Tensor:
-    """Filters (K, C, 3, 3) as `winograd_convolution` takes them: (36, C, K).
+    """Filters (K, C, 3, 3) as `winograd_convolution` takes them: (36, C, K), in memory (C, 36, K).
 
-    One product for each channel reads the filters as they lie. Bringing them in another order would take as long again.
+    So one product for each channel reads contiguous filters as they lie. To bring these, or what becomes of them, in
+    another order would take as long again.
     """
     K, C = weight.shape[:2]
     filters = weight.reshape(K, C, KERNEL**2).permute(1, 2, 0)

@@ -144,6 +144,12 @@ def install(name: str, *requirements: str) -> Path:
     return target
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """In every run, whichever tests ran before in the same process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def published():
     """The published package's module (installed without its dependencies, which need a CUDA compiler)."""

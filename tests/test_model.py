@@ -428,6 +428,46 @@ def test_the_faster_operators_are_taken(classifier, processor, any_size_pays):
             assert called["aten::native_batch_norm"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_convolution_norm_and_layer_scale_are_rounded_once(dtype):
+    conv, norm, gamma = nn.Conv2d(8, 16, 3).to(dtype), nn.BatchNorm2d(16).to(dtype).eval(), torch.rand(16).to(dtype)
+    for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        tensor.uniform_(0.5, 2)
+    folded = fusion_mambavision._folded(conv, norm, gamma)
+    x = torch.randn(2, 8, 5, 5, dtype=torch.float64)
+    mean, variance, scale, shift, weight, bias, gamma = (
+        y.double() for y in (norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.weight, conv.bias, gamma)
+    )
+    exact = gamma[:, None, None] * F.batch_norm(F.conv2d(x, weight, bias), mean, variance, scale, shift, eps=norm.eps)
+    if dtype == torch.float32:
+        assert (copy.deepcopy(folded).double()(x) - exact).abs().max() < 1e-6 * exact.std()
+    factor = gamma * scale / (variance + norm.eps).sqrt()
+    for value, expected in (
+        (folded.weight, weight * factor[:, None, None, None]),
+        (folded.bias, gamma * shift + (bias - mean) * factor),
+    ):
+        assert value.dtype == dtype and not value.requires_grad
+        error = (value - expected).abs() - (0.5 * torch.finfo(dtype).eps + 1e-6) * expected.abs()
+        assert error.max() < 1e-6
+
+
+@pytest.mark.usefixtures("any_size_pays")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@torch.inference_mode()
+def test_a_default_device_changes_nothing(classifier, device):
+    """It is where new tensors go, and a mode that torch asks at every function."""
+    pixel_values = image((2, 3, 64, 64))
+    for model in (classifier, classifier.fuse()):
+        expected = model(pixel_values).logits
+        winograd._transforms.cache_clear()
+        with torch.device(device), torch.profiler.profile() as profile:
+            logits = model(pixel_values).logits
+        assert torch.equal(logits, expected)
+        called = {event.key for event in profile.key_averages()}
+        assert ("mkldnn::_convolution_pointwise" in called) == torch.backends.mkldnn.is_available()
+
+
 @pytest.mark.usefixtures("processor", "any_size_pays")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()

@@ -63,7 +63,7 @@ def test_transforms_take_no_kernel(monkeypatch):
     gradient = torch.func.grad(lambda x: mixer(x).sum())(x)
     monkeypatch.undo()
     (expected,) = torch.autograd.grad(mixer(x.requires_grad_()).sum(), x)
-    torch.testing.assert_close(gradient, expected)
+    assert (gradient - expected).abs().max() < 1e-5 * expected.std()
 
 
 class TestChoice:
