@@ -387,10 +387,11 @@ def _may_replace(x: Tensor, layer: nn.Module) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or is_transformed():
         return False
-    # modes that count, for one; the default device is a mode too
-    if torch._C._len_torch_dispatch_stack():
-        return False
-    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+    # modes that count, for one
+    return not torch._C._len_torch_dispatch_stack() and (
+        not torch._C._len_torch_function_stack()
+        or all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())  # a default
+    )
 
 
 # Products with each weight from which on float32, where half precision is slow, gains more than bringing the weights to

@@ -212,12 +212,17 @@ def test_convolution_of_recorded_and_of_other_tokens(length):
     kept = x.clone()
     for recorded in ((False, False), (True, False), (False, True)):
         tensors = [y.clone().requires_grad_(is_recorded) for y, is_recorded in zip((x, weight), recorded, strict=True)]
-        value = scan_module.silu_convolve(*tensors)
+        with torch.profiler.profile() as profile:
+            value = scan_module.silu_convolve(*tensors)
         torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
         assert value.requires_grad == any(recorded)
+        assert ("aten::conv2d" in {event.key for event in profile.key_averages()}) == any(recorded)
     assert torch.equal(x, kept)
     with torch.autocast("cpu", torch.bfloat16):
         assert scan_module.silu_convolve(x, weight).dtype == torch.bfloat16
+    with torch.profiler.profile() as profile:  # rounded once, not after each tap
+        scan_module.silu_convolve(x.bfloat16(), weight.bfloat16())
+    assert "aten::conv2d" in {event.key for event in profile.key_averages()}
 
 
 HEAP = """
