@@ -1248,11 +1248,15 @@ def test_two_runs_to_one_target_exclude_each_other(checkpoint, tmp_path):
 KILLS = (
     CONVERT_SMALL
     + """
-import os, random, shutil, signal, time
+import os, random, shutil, signal, threading, time
 from pathlib import Path
+from tqdm import tqdm
 
 source, other, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 sys.stderr = open(os.devnull, "w")
+# Forks share the lock of tqdm's bars: a run killed with it in hand would stop all others. Users' runs are no forks.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 
 
 def start(*arguments):
