@@ -92,7 +92,7 @@ def _fuse_branch(block: nn.Module, name: str, last: str, gamma_name: str) -> Non
 
 def _is_plain(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether a layer is torch's own of a kind, neither quantised nor adapted nor hooked: others stay as they are."""
-    return type(layer) is kind and type(layer.weight) is nn.Parameter and is_untouched(layer)
+    return type(layer) is kind and type(layer._parameters.get("weight")) is nn.Parameter and is_untouched(layer)
 
 
 def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
@@ -151,18 +151,23 @@ def _scale(layer: nn.Module, gamma: Tensor) -> None:
         layer.bias *= gamma
 
 
+# torch's own dictionaries, which it never replaces
+_HOOKS_OF_ALL_MODULES = (
+    nn.modules.module._global_forward_hooks,
+    nn.modules.module._global_forward_pre_hooks,
+    nn.modules.module._global_backward_hooks,
+    nn.modules.module._global_backward_pre_hooks,
+)
+
+
 def is_untouched(layer: nn.Module) -> bool:
     """Whether a layer may be computed by other means than calling it: nobody hooked it or replaced its forward."""
-    torch_wide = nn.modules.module  # hooks of all modules
     return not (
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or torch_wide._global_forward_hooks
-        or torch_wide._global_forward_pre_hooks
-        or torch_wide._global_backward_hooks
-        or torch_wide._global_backward_pre_hooks
+        or any(_HOOKS_OF_ALL_MODULES)
         or "forward" in layer.__dict__
     )
 
@@ -235,8 +240,9 @@ class FusedLinear(_Fused):
         return _is_plain(self.layer, nn.Linear) and super()._can_fuse(x) and _is_worth_replacing(x, self.layer)
 
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        pack = torch.ops.mkldnn._reorder_linear_weight if _onednn_is_faster(x, self.layer) else Tensor.contiguous
-        return _linear(x, self.layer, self._pack(pack, x.dtype), bias, self.gelu)
+        is_faster = _onednn_is_faster(x, self.layer)
+        pack = torch.ops.mkldnn._reorder_linear_weight if is_faster else Tensor.contiguous
+        return _linear(x, self._pack(pack, x.dtype), bias, self.gelu, is_faster)
 
 
 def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None = None) -> Tensor:
@@ -311,9 +317,9 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, a
 
 def _convolve_by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
     """The same of weights that `winograd_filters` gave."""
-    gelu = activation is not None and _is_gelu(activation) and activation.approximate == "tanh"
-    x = winograd_convolution(x, weight, bias, gelu)
-    return x if activation is None or gelu else _activated(x, activation)
+    gelu = activation if activation is not None and _is_gelu(activation) else None
+    x = winograd_convolution(x, weight, bias, gelu and gelu.approximate)
+    return x if activation is gelu else _activated(x, activation)
 
 
 def _activated(x: Tensor, activation: nn.Module) -> Tensor:
@@ -327,9 +333,12 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
     Only where nothing but the time tells the two apart.
     """
     fits = _is_plain(layer, nn.Linear) and (activation is None or _is_gelu(activation))
-    if fits and _onednn_takes(x, layer) and _is_worth_replacing(x, layer):
-        y, weight, bias = _to(_precision(x, layer), x, layer.weight, layer.bias)
-        return _linear(y, layer, weight, bias, activation).to(x.dtype)
+    if fits and _onednn_takes(x, layer):
+        (weight, bias), dtype, is_faster = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
+        if dtype != x.dtype:
+            return _linear(*_to(dtype, x, weight, bias), activation, is_faster).to(x.dtype)
+        if is_faster:
+            return _linear(x, weight, bias, activation, is_faster)
     x = layer(x)
     return x if activation is None else activation(x)
 
@@ -348,8 +357,8 @@ def _onednn_is_faster(x: Tensor, layer: nn.Linear) -> bool:
     return x.numel() * layer.out_features >= _LEAST_WORK and _has_avx512()
 
 
-def _linear(x: Tensor, layer: nn.Linear, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
-    if _onednn_is_faster(x, layer):
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None, by_onednn: bool) -> Tensor:
+    if by_onednn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_pointwise(activation))
     x = F.linear(x, weight, bias)
     return x if activation is None else activation(x)
@@ -360,6 +369,7 @@ def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:
     return ("none", [], "") if gelu is None else ("gelu", [], gelu.approximate)
 
 
+@functools.cache
 def _has_avx512() -> bool:
     """Without it, oneDNN's GELU and matrix products take longer than torch's own."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -377,11 +387,12 @@ def _may_replace(x: Tensor, layer: nn.Module) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.numel() == 0:
         return False
-    weight, bias = layer.weight, layer.bias
+    weight, bias = _parameters(layer)
+    is_recorded = torch.is_grad_enabled()
     for tensor in (x, weight) if bias is None else (x, weight, bias):
         if not tensor.is_cpu or tensor.layout != torch.strided or tensor.dtype != x.dtype:
             return False
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if is_recorded and tensor.requires_grad:
             return False
     if bias is not None and bias.stride() != (1,):  # they read it as if it were dense
         return False
@@ -392,6 +403,11 @@ def _may_replace(x: Tensor, layer: nn.Module) -> bool:
         not torch._C._len_torch_function_stack()
         or all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())  # a default
     )
+
+
+def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, in less time than by the layer's attributes."""
+    return layer._parameters["weight"], layer._parameters["bias"]
 
 
 # Products with each weight from which on float32, where half precision is slow, gains more than bringing the weights to

@@ -396,7 +396,10 @@ def processor(request, monkeypatch):
     Without AVX-512 it leaves more of the layers to torch, and without AMX it computes half precision in float32.
     """
     capability = request.param.split()[0]
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        has_avx512 = fusion_mambavision._has_avx512.__wrapped__()
+    monkeypatch.setattr(fusion_mambavision, "_has_avx512", lambda: has_avx512)
     monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: "AMX" not in request.param)
     if capability == "AVX2":
         for module in (fusion_mambavision, selective_scan):
@@ -422,7 +425,10 @@ def test_the_faster_operators_are_taken(classifier, processor, any_size_pays):
             model(image((2, 3, 128, 128)))
         called = {event.key: event.count for event in profile.key_averages()}
         assert ("mkldnn::_convolution_pointwise" in called) == has_onednn
-        assert ("mkldnn::_linear_pointwise" in called) == (has_onednn and processor == "AVX512")
+        # one in each block of convolutions applies GELU to what Winograd's algorithm gives
+        in_blocks = sum(model.config.depths[:2]) if has_onednn and any_size_pays == "winograd" else 0
+        in_layers = called.get("mkldnn::_linear_pointwise", 0) - in_blocks
+        assert in_layers > 0 if has_onednn and processor == "AVX512" else in_layers == 0
         assert ("aten::unfold" in called) == (has_onednn and any_size_pays == "winograd")  # of maps into patches
         if has_onednn:  # the one behind the last map alone is not folded
             assert called["aten::native_batch_norm"] == 1
