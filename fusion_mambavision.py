@@ -151,23 +151,18 @@ def _scale(layer: nn.Module, gamma: Tensor) -> None:
         layer.bias *= gamma
 
 
-# torch's own dictionaries, which it never replaces
-_HOOKS_OF_ALL_MODULES = (
-    nn.modules.module._global_forward_hooks,
-    nn.modules.module._global_forward_pre_hooks,
-    nn.modules.module._global_backward_hooks,
-    nn.modules.module._global_backward_pre_hooks,
-)
-
-
 def is_untouched(layer: nn.Module) -> bool:
     """Whether a layer may be computed by other means than calling it: nobody hooked it or replaced its forward."""
+    torch_wide = nn.modules.module  # hooks of all modules
     return not (
         layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or any(_HOOKS_OF_ALL_MODULES)
+        or torch_wide._global_forward_hooks
+        or torch_wide._global_forward_pre_hooks
+        or torch_wide._global_backward_hooks
+        or torch_wide._global_backward_pre_hooks
         or "forward" in layer.__dict__
     )
 
