@@ -167,14 +167,19 @@ class MambaVisionMixer(nn.Module):
         x, z = linear(hidden_states, self.in_proj).chunk(2, dim=-1)  # (B, L, C/2)
         x = _silu_convolve(self.conv1d_x, x)
         dt, B, C = linear(x, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
-        # The published weights were trained with the bias of dt_proj counted twice. Its second copy comes out of the
-        # module, not from its parameter: adapters, quantisers and offloading replace modules.
-        dt_bias = self.dt_proj(dt.new_zeros(1, self.dt_rank))[0]
         A = -torch.exp(self.A_log.float())
-        scanned = (x, self.dt_proj(dt), A, B, C, self.D.float(), dt_bias)
+        # the published weights were trained with the bias of dt_proj counted twice
+        scanned = (x, self.dt_proj(dt), A, B, C, self.D.float(), self._dt_bias(dt))
         if _is_plain(self.conv1d_z):
             return linear(scan_concat(*scanned, z, self.conv1d_z.weight), self.out_proj)
         return linear(torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1), self.out_proj)
+
+    def _dt_bias(self, dt: Tensor) -> Tensor:
+        layer = self.dt_proj
+        if type(layer) is StepProjection and layer.bias is not None and is_untouched(layer):
+            return layer.bias
+        # what adapters, quantisers and offloading put in its place may have no such parameter
+        return layer(dt.new_zeros(1, self.dt_rank))[0]
 
 
 def _silu_convolve(conv: nn.Module, x: Tensor) -> Tensor:

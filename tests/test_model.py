@@ -364,6 +364,33 @@ def test_another_convolution_in_the_mixer_is_called(name, change):
     assert seen
 
 
+@pytest.mark.parametrize("change", ["module", "none", "hook", "forward"])
+@torch.no_grad()
+def test_the_bias_of_dt_proj_counts_twice_whatever_stands_there(change):
+    """Read from the layer where it is the model's own, else asked of what is in its place."""
+    torch.manual_seed(0)
+    mixer, x = MambaVisionMixer(32), torch.randn(2, 9, 32)
+    for parameter in mixer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    expected, own = mixer(x), mixer.dt_proj
+    twice = copy.deepcopy(mixer)
+    if change == "module":
+        mixer.dt_proj = nn.Sequential(own)
+    elif change == "none":
+        own.bias = None
+        twice.dt_proj.bias.zero_()
+        expected = twice(x)
+    elif change == "hook":
+        own.register_forward_hook(lambda module, args, output: output + 1)
+        twice.dt_proj.bias += 1
+        expected = twice(x)
+    else:
+        own.forward = lambda dt: F.linear(dt, own.weight, own.bias + 1)
+        twice.dt_proj.bias += 1
+        expected = twice(x)
+    torch.testing.assert_close(mixer(x), expected)
+
+
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1000), (torch.float16, 1)])
 @torch.inference_mode()
 def test_half_precision_of_a_published_size_stays_finite(dtype, scale):

@@ -1,6 +1,7 @@
 """The selective scan in plain torch against its definition in float64, one step after the other."""
 
 import platform
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from conftest import run_python
 from repository import selective_scan as scan_module
 from repository.selective_scan import selective_scan, selective_scan_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 LENGTHS = [1, 2, 7, 49, 196, 500, 1024, 4096, 12544]
@@ -172,6 +174,32 @@ def test_operator_is_registered_correctly(needs_grad):
     if needs_grad:
         tests.append("test_aot_dispatch_static")
     torch.library.opcheck(scan_module._blocked_scan, (*inputs, needs_grad), test_utils=tests)
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_on_sees_one_operator():
+    """It costs time, so nobody else gets one."""
+    plain = random_inputs(2, 9, 4, dtype=torch.float32)
+    recorded = [x.clone().requires_grad_() for x in plain]
+    own = [plain[0].as_subclass(type("Own", (torch.Tensor,), {})), *plain[1:]]
+    for inputs, mode, is_seen in (
+        (plain, nullcontext(), False),
+        (plain, Watching(), True),
+        (own, nullcontext(), True),
+        (recorded, nullcontext(), True),
+        (recorded, torch.no_grad(), False),
+        ([torch.nn.Parameter(x) for x in plain], torch.inference_mode(), False),
+    ):
+        with mode, torch.profiler.profile() as profile:
+            y = selective_scan(*inputs)
+        assert torch.equal(y, selective_scan(*plain))
+        assert any("::blocked_scan" in event.key for event in profile.key_averages()) == is_seen
+    on_meta = [x.to("meta") for x in plain]
+    assert selective_scan(*on_meta).shape == plain[0].shape and selective_scan(*on_meta).is_meta
 
 
 @pytest.mark.parametrize("form", FORMS)
