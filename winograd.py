@@ -9,11 +9,11 @@ In float32 the rounding errors are about five times those of the direct sum: 1e-
 """
 
 import functools
-import math
 import threading
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -106,7 +106,7 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     for image in range(0, B, images):
         for row in range(0, rows, strip):
             target = tiles[:, :, image : image + images, row : row + strip]
-            source = _patches(x[image : image + images], row, target.shape[3], columns, two)
+            source = _patches(x[image : image + images], row, target.shape[3], columns)
             count = source.numel() // (PATCH**2 * C)
             patch = one[: source.numel()].view(source.shape).copy_(source)
             factors = torch.mm(from_inputs, patch.view(PATCH**2, -1), out=two[: source.numel()].view(PATCH**2, -1))
@@ -128,16 +128,11 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     return y.permute(0, 3, 1, 2)
 
 
-def _patches(x: Tensor, row: int, rows: int, columns: int, buffer: Tensor) -> Tensor:
-    """The patches (6, 6, B, rows, columns, C) of some rows of tiles of (B, H, W, C), zeros around it, in the buffer."""
-    B, H, W, C = x.shape
-    shape = (B, rows * TILE + KERNEL - 1, columns * TILE + KERNEL - 1, C)
-    padded = buffer[: math.prod(shape)].view(shape)
-    top = row * TILE - 1
-    first, last = max(top, 0), min(top + shape[1], H)
-    for border in (padded[:, : first - top], padded[:, last - top :], padded[:, :, :1], padded[:, :, 1 + W :]):
-        border.zero_()
-    padded[:, first - top : last - top, 1 : 1 + W] = x[:, first:last]
+def _patches(x: Tensor, row: int, rows: int, columns: int) -> Tensor:
+    """The patches (6, 6, B, rows, columns, C) of some rows of tiles of (B, H, W, C), with zeros around it."""
+    top, bottom = row * TILE - 1, (row + rows) * TILE + 1
+    first, last = max(top, 0), min(bottom, x.shape[1])
+    padded = F.pad(x[:, first:last], (0, 0, 1, columns * TILE + 1 - x.shape[2], first - top, bottom - last))
     return padded.unfold(1, PATCH, TILE).unfold(2, PATCH, TILE).permute(4, 5, 0, 1, 2, 3)
 
 
