@@ -21,6 +21,7 @@ from repository.modeling_mambavision import (
     MambaVisionMixer,
     MambaVisionModel,
     MambaVisionModelForImageClassification,
+    StepProjection,
 )
 from safetensors import safe_open
 from timm.layers import GluMlp
@@ -364,31 +365,35 @@ def test_another_convolution_in_the_mixer_is_called(name, change):
     assert seen
 
 
-@pytest.mark.parametrize("change", ["module", "none", "hook", "forward"])
+@pytest.mark.parametrize("change", [None, "module", "subclass", "none", "hook", "forward"])
 @torch.no_grad()
-def test_the_bias_of_dt_proj_counts_twice_whatever_stands_there(change):
+def test_the_bias_of_dt_proj_counts_twice_whatever_stands_there(change, monkeypatch):
     """Read from the layer where it is the model's own, else asked of what is in its place."""
+    calls, forward = [], StepProjection.forward
+    monkeypatch.setattr(StepProjection, "forward", lambda *args: calls.append(1) or forward(*args))
     torch.manual_seed(0)
     mixer, x = MambaVisionMixer(32), torch.randn(2, 9, 32)
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.5)
-    expected, own = mixer(x), mixer.dt_proj
-    twice = copy.deepcopy(mixer)
+    expected, own, more = copy.deepcopy(mixer), mixer.dt_proj, 0
     if change == "module":
         mixer.dt_proj = nn.Sequential(own)
     elif change == "none":
         own.bias = None
-        twice.dt_proj.bias.zero_()
-        expected = twice(x)
+        more = -expected.dt_proj.bias.clone()
+    elif change == "subclass":
+        own.__class__ = type("Adapted", (StepProjection,), {"forward": lambda self, dt: forward(self, dt) + 1})
+        more = 1
     elif change == "hook":
         own.register_forward_hook(lambda module, args, output: output + 1)
-        twice.dt_proj.bias += 1
-        expected = twice(x)
-    else:
+        more = 1
+    elif change == "forward":
         own.forward = lambda dt: F.linear(dt, own.weight, own.bias + 1)
-        twice.dt_proj.bias += 1
-        expected = twice(x)
-    torch.testing.assert_close(mixer(x), expected)
+        more = 1
+    value = mixer(x)
+    assert change or len(calls) == 1
+    expected.dt_proj.bias += more
+    torch.testing.assert_close(value, expected(x))
 
 
 @pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1000), (torch.float16, 1)])
@@ -479,6 +484,24 @@ def test_convolution_norm_and_layer_scale_are_rounded_once(dtype, has_gamma):
         assert ((value - expected).abs() <= 0.5 * torch.finfo(dtype).eps * expected.abs() + 5e-7).all()
 
 
+@pytest.mark.usefixtures("processor", "any_size_pays")
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.PReLU(), "hooked", None])
+@torch.no_grad()
+def test_any_activation_follows_a_convolution(activation):
+    if activation == "hooked":
+        activation = nn.GELU("tanh")
+        activation.register_forward_hook(lambda module, args, output: output + 1)
+    conv, norm, x = nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16).eval(), torch.randn(2, 8, 13, 9)
+    expected = norm.double()(conv.double()(x.double()))
+    expected = expected if activation is None else activation.double()(expected)
+    conv, norm, activation = conv.float(), norm.float(), activation and activation.float()
+    value = fusion_mambavision.convolution(x, conv, norm, activation)
+    torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-5)
+    if type(activation) is nn.GELU:
+        value = fusion_mambavision.FusedConv2d(fusion_mambavision._folded(conv, norm), activation)(x)
+        torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_norms_behind_large_maps_alone_are_folded():
     conv, norm = nn.Conv2d(160, 160, 3, padding=1), nn.BatchNorm2d(160).eval()  # T's second stage
@@ -556,8 +579,11 @@ def test_slow_half_precision_is_computed_in_float32(monkeypatch, dtype, is_fused
     fast = fusion_mambavision.FusedLinear(copy.deepcopy(layer), gelu) if is_fused else None
     for least_work in (0, math.inf):  # by oneDNN's operator, and by torch's
         monkeypatch.setattr(fusion_mambavision, "_LEAST_WORK", least_work)
-        value = fast(x) if is_fused else fusion_mambavision.linear(x, layer, gelu)
+        with torch.profiler.profile() as profile:
+            value = fast(x) if is_fused else fusion_mambavision.linear(x, layer, gelu)
         assert_rounded_once(value, gelu(exact(layer)(x.double())))
+        by_onednn = "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+        assert by_onednn == (has_onednn and fusion_mambavision._has_avx512() and least_work == 0)
 
     x = torch.randn(2, 16, 30, 20).to(dtype, memory_format=torch.channels_last)
     conv, norm, tanh = nn.Conv2d(16, 24, 3, 1, 1).to(dtype), nn.BatchNorm2d(24).to(dtype).eval(), nn.GELU("tanh")
@@ -670,7 +696,7 @@ def test_where_half_precision_is_slow(monkeypatch, cpuinfo, bfloat16, float16):
 
 @pytest.mark.usefixtures("processor", "any_size_pays")
 @torch.no_grad()
-def test_who_looks_on_sees_every_layer(classifier):
+def test_who_looks_on_sees_every_layer(classifier, monkeypatch):
     """Hooks of single modules and of all, and what counts or records operators."""
     pixel_values, seen = image((1, 3, 64, 64)), []
     kinds = (nn.Linear, nn.GELU, nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
@@ -684,12 +710,19 @@ def test_who_looks_on_sees_every_layer(classifier):
     assert len(seen) == len(layers) and set(seen) == layers
     for handle in handles:
         handle.remove()
-    handle = nn.modules.module.register_module_forward_hook(note)
-    try:
-        classifier(pixel_values)
-    finally:
-        handle.remove()
-    assert set(seen[len(layers) :]) >= {module for module in classifier.modules() if not list(module.children())}
+    leaves = {module for module in classifier.modules() if not list(module.children())}
+    for kind in ("forward", "forward_pre"):
+        seen.clear()
+        handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(note)
+        try:
+            classifier(pixel_values)
+        finally:
+            handle.remove()
+        assert set(seen) >= leaves
+    for kind in ("_global_backward_hooks", "_global_backward_pre_hooks"):  # which run where gradients are recorded
+        with monkeypatch.context() as patch:
+            patch.setitem(getattr(nn.modules.module, kind), 0, note)
+            assert not any(map(fusion_mambavision.is_untouched, layers))
     seen.clear()
     inner = [m for name, m in classifier.named_modules() if name.endswith(("conv1d_x", "conv1d_z", "reduction.0"))]
     for module in inner:

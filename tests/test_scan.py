@@ -185,7 +185,7 @@ def test_whoever_looks_on_sees_one_operator():
     """It costs time, so nobody else gets one."""
     plain = random_inputs(2, 9, 4, dtype=torch.float32)
     recorded = [x.clone().requires_grad_() for x in plain]
-    own = [plain[0].as_subclass(type("Own", (torch.Tensor,), {})), *plain[1:]]
+    own = [*plain[:-1], plain[-1].as_subclass(type("Own", (torch.Tensor,), {}))]
     for inputs, mode, is_seen in (
         (plain, nullcontext(), False),
         (plain, Watching(), True),
