@@ -92,7 +92,9 @@ def _fuse_branch(block: nn.Module, name: str, last: str, gamma_name: str) -> Non
 
 def _is_plain(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether a layer is torch's own of a kind, neither quantised nor adapted nor hooked: others stay as they are."""
-    return type(layer) is kind and type(layer._parameters.get("weight")) is nn.Parameter and is_untouched(layer)
+    if type(layer) is not kind or not is_untouched(layer):
+        return False
+    return type(layer._parameters.get("weight")) is nn.Parameter and "bias" in layer._parameters
 
 
 def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
@@ -313,7 +315,7 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, a
 def _convolve_by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
     """The same of weights that `winograd_filters` gave."""
     gelu = activation if activation is not None and _is_gelu(activation) else None
-    x = winograd_convolution(x, weight, bias, gelu and gelu.approximate)
+    x = winograd_convolution(x, weight, bias, None if gelu is None else gelu.approximate)
     return x if activation is gelu else _activated(x, activation)
 
 
@@ -366,7 +368,7 @@ def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:
 
 @functools.cache
 def _has_avx512() -> bool:
-    """Without it, oneDNN's GELU and matrix products take longer than torch's own."""
+    """Without it, oneDNN's linear layers, and its GELU behind convolutions, take longer than torch's own."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -401,7 +403,7 @@ def _may_replace(x: Tensor, layer: nn.Module) -> bool:
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, in less time than by the layer's attributes."""
+    """Weight and bias of a plain layer, in less time than by its attributes."""
     return layer._parameters["weight"], layer._parameters["bias"]
 
 

@@ -491,8 +491,10 @@ def _(grad_y, u, dt, A, B, C, D, dt_bias, starts):
 def _torch_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
     inputs = (u, dt, A, B, C, D, dt_bias)
     save_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if save_states or is_watched or any(type(x) not in (Tensor, torch.nn.Parameter) for x in inputs):
+    is_watched = torch.compiler.is_compiling() or (
+        torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    )
+    if save_states or is_watched or u.is_meta or any(type(x) not in (Tensor, torch.nn.Parameter) for x in inputs):
         return _blocked_scan(*inputs, save_states)[0]
     return _blocked_forward(*inputs, save_states)[0]  # to call it as an operator takes 14 us
 

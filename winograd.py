@@ -114,7 +114,7 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
             torch.bmm(factors.view(PATCH**2, count, C), weight, out=sums)
             sums = sums.view(PATCH**2, -1)
             if gelu is not None:  # oneDNN's product applies it to what is still in the cache
-                added = None if bias is None else bias.expand(count, K).reshape(-1)
+                added = None if bias is None else bias.expand(count, K).contiguous().view(-1)
                 outputs = torch.ops.mkldnn._linear_pointwise(to_outputs, sums.T, added, "gelu", [], gelu)
                 target.copy_(outputs.view(target.shape))
                 continue

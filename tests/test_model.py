@@ -484,6 +484,23 @@ def test_convolution_norm_and_layer_scale_are_rounded_once(dtype, has_gamma):
         assert ((value - expected).abs() <= 0.5 * torch.finfo(dtype).eps * expected.abs() + 5e-7).all()
 
 
+@pytest.mark.usefixtures("any_size_pays")
+@pytest.mark.parametrize("change", ["buffer", "attribute", "deleted"])
+@torch.no_grad()
+def test_a_layer_whose_bias_is_no_parameter_is_called(change):
+    linear, conv = nn.Linear(8, 16), nn.Conv2d(8, 8, 3, padding=1)
+    norm, x, pixels = nn.BatchNorm2d(8).eval(), torch.randn(2, 5, 8), torch.randn(1, 8, 9, 9)
+    for layer in (linear, conv, norm):
+        bias = layer.bias.detach()
+        del layer.bias
+        if change == "buffer":
+            layer.register_buffer("bias", bias)
+        else:
+            layer.bias = bias if change == "attribute" else None
+    torch.testing.assert_close(fusion_mambavision.linear(x, linear), linear(x))
+    torch.testing.assert_close(fusion_mambavision.convolution(pixels, conv, norm), norm(conv(pixels)))
+
+
 @pytest.mark.usefixtures("processor", "any_size_pays")
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU(), nn.PReLU(), "hooked", None])
 @torch.no_grad()
@@ -657,7 +674,7 @@ def test_small_layers_in_half_precision_stay_in_it(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(fusion_mambavision, "_onednn_takes", lambda x, layer: True)
         patch.setattr(fusion_mambavision, "_is_worth_replacing", lambda x, layer: True)
-        patch.setattr(fusion_mambavision, "_linear", lambda x, layer, weight, *_: seen.extend((x, weight)) or x)
+        patch.setattr(fusion_mambavision, "_linear", lambda x, weight, *_: seen.extend((x, weight)) or x)
         fusion_mambavision.FusedLinear(layer)(torch.zeros(1, 4, 64, dtype=dtype))
     assert [x.dtype for x in seen] == [torch.float32] * 2
     monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.float32,))

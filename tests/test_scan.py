@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import run_python
 from repository import selective_scan as scan_module
 from repository.selective_scan import selective_scan, selective_scan_reference
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -176,6 +177,11 @@ def test_operator_is_registered_correctly(needs_grad):
     torch.library.opcheck(scan_module._blocked_scan, (*inputs, needs_grad), test_utils=tests)
 
 
+class PassingOn(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
@@ -185,11 +191,12 @@ def test_whoever_looks_on_sees_one_operator():
     """It costs time, so nobody else gets one."""
     plain = random_inputs(2, 9, 4, dtype=torch.float32)
     recorded = [x.clone().requires_grad_() for x in plain]
-    own = [*plain[:-1], plain[-1].as_subclass(type("Own", (torch.Tensor,), {}))]
+    subclass = type("Own", (torch.Tensor,), {})
     for inputs, mode, is_seen in (
         (plain, nullcontext(), False),
         (plain, Watching(), True),
-        (own, nullcontext(), True),
+        (plain, PassingOn(), True),
+        *(([*plain[:i], plain[i].as_subclass(subclass), *plain[i + 1 :]], nullcontext(), True) for i in range(7)),
         (recorded, nullcontext(), True),
         (recorded, torch.no_grad(), False),
         ([torch.nn.Parameter(x) for x in plain], torch.inference_mode(), False),
@@ -199,7 +206,10 @@ def test_whoever_looks_on_sees_one_operator():
         assert torch.equal(y, selective_scan(*plain))
         assert any("::blocked_scan" in event.key for event in profile.key_averages()) == is_seen
     on_meta = [x.to("meta") for x in plain]
-    assert selective_scan(*on_meta).shape == plain[0].shape and selective_scan(*on_meta).is_meta
+    with torch.profiler.profile() as profile:
+        y = selective_scan(*on_meta)
+    assert y.shape == plain[0].shape and y.is_meta
+    assert not any(event.key == "aten::exp2_" for event in profile.key_averages())  # shapes alone
 
 
 @pytest.mark.parametrize("form", FORMS)

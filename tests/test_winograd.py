@@ -36,7 +36,15 @@ def error(y: torch.Tensor, x: torch.Tensor, conv: nn.Conv2d, gelu: str | None = 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gelu", GELUS)
 @pytest.mark.parametrize(
-    "shape, K", [((1, 3, 1, 1), 5), ((5, 8, 4, 8), 8), ((3, 16, 7, 13), 24), ((2, 20, 50, 9), 12), ((1, 1, 3, 2), 1)]
+    "shape, K",
+    [
+        ((1, 3, 1, 1), 5),
+        ((5, 8, 4, 8), 8),
+        ((3, 16, 7, 13), 24),
+        ((2, 20, 50, 9), 12),
+        ((1, 1, 3, 2), 1),
+        ((2, 4, 64, 64), 1),
+    ],
 )
 def test_equals_the_direct_sum(shape, K, bias, gelu, piece, monkeypatch):
     monkeypatch.setattr(winograd, "PIECE", piece)
