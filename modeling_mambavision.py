@@ -175,6 +175,7 @@ class MambaVisionMixer(nn.Module):
         return linear(torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1), self.out_proj)
 
     def _dt_bias(self, dt: Tensor) -> Tensor:
+        """What dt_proj adds to each step, (C/2,)."""
         layer = self.dt_proj
         if type(layer) is StepProjection and layer.bias is not None and is_untouched(layer):
             return layer.bias

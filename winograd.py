@@ -103,6 +103,7 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     count = images * strip * columns
     one, two = _scratch(2 * PATCH**2 * count * max(C, K)).chunk(2)  # in turn what is read and what is written
     from_inputs, _, to_outputs = _transforms()
+    biases = None if gelu is None or bias is None else bias.expand(count, K).contiguous().view(-1)  # dense, for oneDNN
     for image in range(0, B, images):
         for row in range(0, rows, strip):
             target = tiles[:, :, image : image + images, row : row + strip]
@@ -114,7 +115,7 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
             torch.bmm(factors.view(PATCH**2, count, C), weight, out=sums)
             sums = sums.view(PATCH**2, -1)
             if gelu is not None:  # oneDNN's product applies it to what is still in the cache
-                added = None if bias is None else bias.expand(count, K).contiguous().view(-1)
+                added = None if biases is None else biases[: count * K]
                 outputs = torch.ops.mkldnn._linear_pointwise(to_outputs, sums.T, added, "gelu", [], gelu)
                 target.copy_(outputs.view(target.shape))
                 continue

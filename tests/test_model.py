@@ -371,7 +371,6 @@ def test_the_bias_of_dt_proj_counts_twice_whatever_stands_there(change, monkeypa
     """Read from the layer where it is the model's own, else asked of what is in its place."""
     calls, forward = [], StepProjection.forward
     monkeypatch.setattr(StepProjection, "forward", lambda *args: calls.append(1) or forward(*args))
-    torch.manual_seed(0)
     mixer, x = MambaVisionMixer(32), torch.randn(2, 9, 32)
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.5)
