@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operators import define, needs_gradient
+
 
 try:
     from .selective_scan_triton import convolve as _triton_convolve
@@ -302,7 +304,7 @@ def _in_full_precision(scan: Callable) -> Callable:
     @functools.wraps(scan)
     def run(u, *others):
         device_type = u.device.type
-        on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        on = device_type != "meta" and torch.is_autocast_enabled(device_type)
         with torch.autocast(device_type, enabled=False) if on else nullcontext():
             return scan(u, *others)
 
@@ -466,37 +468,15 @@ def _tile(batch: int, length: int, channels: int, states: int) -> tuple[int, int
     return rows, block, -(-length // block)
 
 
-# The blocked scan as an operator: torch.compile then keeps one graph and does not unroll the loop over the steps. The
-# namespace carries this module's name, for transformers loads each model folder's code as modules of its own.
-_NAMESPACE = "mambavision_" + "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}" for c in __name__)
-_blocked_scan = torch.library.custom_op(f"{_NAMESPACE}::blocked_scan", _blocked_forward, mutates_args=())
-_blocked_scan_backward = torch.library.custom_op(
-    f"{_NAMESPACE}::blocked_scan_backward", _blocked_backward, mutates_args=()
-)
-
-
-@_blocked_scan.register_fake
-def _(u, dt, A, B, C, D, dt_bias, save_states):
+def _fake_forward(u, dt, A, B, C, D, dt_bias, save_states):
     batch, length, channels = u.shape
     blocks = _tile(batch, length, channels, A.shape[1])[2] if save_states else 0
     starts = u.new_empty(blocks, batch, A.shape[1], channels, dtype=_compute_dtype(u))
     return torch.empty_like(u, memory_format=torch.contiguous_format), starts
 
 
-@_blocked_scan_backward.register_fake
-def _(grad_y, u, dt, A, B, C, D, dt_bias, starts):
+def _fake_backward(grad_y, u, dt, A, B, C, D, dt_bias, starts):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, A, B, C, D, dt_bias))
-
-
-def _torch_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    inputs = (u, dt, A, B, C, D, dt_bias)
-    save_states = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    is_watched = torch.compiler.is_compiling() or (
-        torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    )
-    if save_states or is_watched or u.is_meta or any(type(x) not in (Tensor, torch.nn.Parameter) for x in inputs):
-        return _blocked_scan(*inputs, save_states)[0]
-    return _blocked_forward(*inputs, save_states)[0]  # to call it as an operator takes 14 us
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -516,7 +496,14 @@ def _backward(ctx, grad_y, grad_starts):
     return *_blocked_scan_backward(grad_y, *ctx.saved_tensors), None
 
 
-_blocked_scan.register_autograd(_backward, setup_context=_save_for_backward)
+# An operator, so that torch.compile does not unroll the loop over the steps
+_blocked_scan = define(__name__, "blocked_scan", _blocked_forward, _fake_forward, _save_for_backward, _backward)
+_blocked_scan_backward = define(__name__, "blocked_scan_backward", _blocked_backward, _fake_backward)
+
+
+def _torch_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+    inputs = (u, dt, A, B, C, D, dt_bias)
+    return _blocked_scan(*inputs, needs_gradient(*inputs))[0]
 
 
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
@@ -590,8 +577,8 @@ def _compute_dtype(u: Tensor) -> torch.dtype:
 
 def is_traced_for_export() -> bool:
     """Whether what runs now becomes a graph for elsewhere: of standard operators, free in the batch and the image."""
-    is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.7
-    return is_exporting() or torch.jit.is_tracing()
+    # not `is_exporting()`, which torch.compile takes for true up to torch 2.11; torch 2.7 has neither
+    return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
 
 
 def is_transformed() -> bool:

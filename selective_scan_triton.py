@@ -18,9 +18,9 @@ are deterministic: what several programs contribute to is written apart and adde
 
 How it works. A program, which is one warp, has one sequence, or a chunk of one, and a block of its channels, and walks
 the steps with the state (states, block) in registers. Where there are too few sequences to fill the device, a first
-pass scans all chunks from zero, keeping their last states and sums of steps; a second carries states across the chunks
-(the decay over a chunk is exp(A * sum of steps): a product of decays, never a quotient); then the chunks are scanned
-from the right states. The backward pass does the same from the end. It starts from the states that the forward pass
+pass scans all chunks but the last from zero, keeping their last states and sums of steps; then the chunks are scanned,
+each from the state that those before it leave (the decay over a chunk is exp(A * sum of steps): a product of decays,
+never a quotient). The backward pass does the same from the end. It starts from the states that the forward pass
 saved every `_INTERVAL` steps and recomputes those between.
 """
 
@@ -31,6 +31,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .operators import define, needs_gradient
 
 
 try:  # inside `try`, or transformers' loader of remote code would demand it of everyone
@@ -59,14 +61,14 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
     """y (batch, length, channels) in u's dtype; shapes as in the module's docstring."""
-    return _scan(u, dt, A, B, C, D, dt_bias, None, None, _needs_gradient(u, dt, A, B, C, D, dt_bias))[0]
+    return _scan(u, dt, A, B, C, D, dt_bias, None, None, needs_gradient(u, dt, A, B, C, D, dt_bias))[0]
 
 
 def scan_concat(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, z: Tensor, weight: Tensor
 ) -> Tensor:
     """cat([scan(u, ...), convolve(z, weight)], -1), (batch, length, channels + width)."""
-    save_states = _needs_gradient(u, dt, A, B, C, D, dt_bias, z, weight)
+    save_states = needs_gradient(u, dt, A, B, C, D, dt_bias, z, weight)
     return _scan(u, dt, A, B, C, D, dt_bias, z, weight, save_states)[0]
 
 
@@ -96,10 +98,10 @@ def plan(batch: int, length: int, channels: int, processors: int) -> Plan:
     Chunks are worth their second reading of the inputs where whole sequences leave most of the device idle. Two warps
     for each of a multiprocessor's four schedulers fill it.
     """
-    blocks = triton.cdiv(channels, _LANES)
+    blocks = _cdiv(channels, _LANES)
     chunks = min(8 * processors // max(1, batch * blocks), length // _SHORTEST_CHUNK)
-    chunk = length if chunks < 4 else triton.cdiv(length, chunks * _INTERVAL) * _INTERVAL
-    return Plan(_LANES, blocks, chunk, triton.cdiv(length, max(1, chunk)))
+    chunk = length if chunks < 4 else _cdiv(length, chunks * _INTERVAL) * _INTERVAL
+    return Plan(_LANES, blocks, chunk, _cdiv(length, max(1, chunk)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,6 +175,39 @@ def _save_state(starts, h, t, channels, mask, STATES: tl.constexpr, INTERVAL: tl
         tl.store(starts + offset, h, mask=mask[None, :])
 
 
+@triton.jit
+def _carried(ends, totals, b, k, chunks, channels, d, rates, COMPUTE: tl.constexpr, BACKWARD: tl.constexpr):
+    """The state before chunk k, of the ends of the chunks before it (backward: the gradient of the state after it)."""
+    GROUP: tl.constexpr = 4  # whose loads are in flight together
+    STATES: tl.constexpr = rates.shape[0]
+    n = tl.arange(0, STATES)
+    mask = d < channels
+    first = chunks - 1 if BACKWARD else 0
+    ends += (b * chunks + first) * STATES * channels + n[:, None] * channels + d[None, :]
+    totals += (b * chunks + first) * channels + d
+    h = tl.zeros(rates.shape, COMPUTE)
+    count = chunks - 1 - k if BACKWARD else k
+    for _ in range(0, count // GROUP):
+        inflows = ()
+        steps = ()
+        for i in tl.static_range(GROUP):
+            offset = -i * channels if BACKWARD else i * channels
+            inflows += (tl.load(ends + offset * STATES, mask=mask[None, :], other=0.0),)
+            steps += (tl.load(totals + offset, mask=mask, other=0.0),)
+        for i in tl.static_range(GROUP):
+            h = tl.exp2(rates * steps[i][None, :]) * h + inflows[i]
+        offset = -GROUP * channels if BACKWARD else GROUP * channels
+        ends += offset * STATES
+        totals += offset
+    for _ in range(0, count % GROUP):
+        step = tl.load(totals, mask=mask, other=0.0)
+        h = tl.exp2(rates * step[None, :]) * h + tl.load(ends, mask=mask[None, :], other=0.0)
+        offset = -channels if BACKWARD else channels
+        ends += offset * STATES
+        totals += offset
+    return h
+
+
 @triton.jit(do_not_specialize=["length", "channels", "chunk", "chunks", "blocks"])
 def _scan_kernel(
     u,
@@ -184,7 +219,8 @@ def _scan_kernel(
     dt_bias,
     y,
     starts,  # (batch, ceil(length / INTERVAL), states, channels): the states before every INTERVAL-th step
-    carries,  # (batch, chunks, states, channels): the states before every chunk
+    ends,  # of the chunks, where there are several: see _chunk_ends_kernel
+    totals,
     u_batch,
     u_step: tl.constexpr,
     dt_batch,
@@ -223,15 +259,15 @@ def _scan_kernel(
     skip = tl.load(D + d, mask=mask, other=0.0).to(COMPUTE)
     bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(COMPUTE)
     state_offsets = n[:, None] * channels + d[None, :]
+    channel = tl.minimum(d, channels - 1)  # lanes beyond the last channel compute it again, without masks
     h = tl.zeros((STATES, BLOCK), COMPUTE)
     if CHUNKED:
-        h = tl.load(carries + (b * chunks + k) * STATES * channels + state_offsets, mask=mask[None, :], other=0.0)
+        h = _carried(ends, totals, b, k, chunks, channels, d, rates, COMPUTE, BACKWARD=False)
     starts += b * tl.cdiv(length, INTERVAL) * STATES * channels + state_offsets
 
-    d = tl.minimum(d, channels - 1)  # lanes beyond the last channel compute it again, without masks, and store nothing
     t = first.to(tl.int64)
-    u += b * u_batch + d
-    dt += b * dt_batch + d
+    u += b * u_batch + channel
+    dt += b * dt_batch + channel
     B = tl.multiple_of(B + b * B_batch, ALIGN) + n
     C = tl.multiple_of(C + b * C_batch, ALIGN) + n
     y += b * y_batch + t * y_step + d
@@ -306,10 +342,13 @@ def _chunk_ends_kernel(
     COMPUTE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """Of a chunk scanned from zero: the state after it (backward: the gradient before it), and the sum of its steps."""
+    """Of a chunk scanned from zero: the state after it (backward: the gradient before it), and the sum of its steps.
+
+    Of all chunks but the last (backward: the first), from which nothing is carried on.
+    """
     program = tl.program_id(0)
-    b = (program // (blocks * chunks)).to(tl.int64)
-    k = program // blocks % chunks
+    b = (program // (blocks * (chunks - 1))).to(tl.int64)
+    k = program // blocks % (chunks - 1) + (1 if BACKWARD else 0)
     first = k * chunk
     last = tl.minimum(first + chunk, length)
     d = program % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -325,7 +364,7 @@ def _chunk_ends_kernel(
     dt += b * dt_batch + channel
     W = tl.multiple_of(W + b * W_batch, ALIGN) + n
     whole = first + (last - first) // STEPS * STEPS
-    if BACKWARD:  # only the last chunk has other steps, and nothing starts from the state after it
+    if BACKWARD:  # only the last chunk has other steps
         for j in range(0, last - whole):
             (this_x,) = _load_steps(x, x_step, last - 1 - j, last, 1, WHOLE=True)
             (this_dt,) = _load_steps(dt, dt_step, last - 1 - j, last, 1, WHOLE=True)
@@ -348,44 +387,6 @@ def _chunk_ends_kernel(
     tl.store(totals + chunk_index * channels + d, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["channels", "chunks", "blocks"])
-def _carry_kernel(
-    ends,  # (batch, chunks, states, channels): replaced by the states before each chunk (backward: gradients after it)
-    totals,
-    A,
-    channels,
-    chunks,
-    blocks,
-    STATES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BACKWARD: tl.constexpr,
-):
-    """Carry the states of one sequence and a block of its (states, channels), taken as one dimension, across chunks."""
-    program = tl.program_id(0)
-    b = (program // blocks).to(tl.int64)
-    index = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    n = index // channels
-    d = index % channels
-    rates = tl.load(A + d * STATES + n, mask=n < STATES, other=0.0).to(COMPUTE) * _LOG2_E
-    ends += b * chunks * STATES * channels + index
-    totals += b * chunks * channels + d
-    h = tl.zeros((BLOCK,), COMPUTE)
-    for j in range(0, chunks, STEPS):
-        inflows = ()
-        steps = ()
-        for i in tl.static_range(STEPS):
-            k = tl.cast(chunks - 1 - (j + i) if BACKWARD else j + i, tl.int64)
-            mask = _within(index, STATES * channels, j + i, chunks)
-            inflows += (tl.load(ends + k * STATES * channels, mask=mask, other=0.0),)
-            steps += (tl.load(totals + k * channels, mask=mask, other=0.0),)
-        for i in tl.static_range(STEPS):
-            k = tl.cast(chunks - 1 - (j + i) if BACKWARD else j + i, tl.int64)
-            tl.store(ends + k * STATES * channels, h, mask=_within(index, STATES * channels, j + i, chunks))
-            h = tl.exp2(rates * steps[i]) * h + inflows[i]
-
-
 @triton.jit(do_not_specialize=["length", "channels", "chunk", "chunks", "blocks", "batch"])
 def _scan_backward_kernel(
     grad_y,
@@ -397,7 +398,8 @@ def _scan_backward_kernel(
     D,
     dt_bias,
     starts,  # as the forward pass saved them
-    carries,  # (batch, chunks, states, channels): the gradients of the states after every chunk
+    ends,  # of the chunks, where there are several
+    totals,
     grad_u,
     grad_dt,
     grad_weights,  # (blocks, batch, length, 2, states): each block's part of B's and C's gradients
@@ -445,14 +447,13 @@ def _scan_backward_kernel(
     skip = tl.load(D + d, mask=mask, other=0.0).to(COMPUTE)
     bias = tl.load(dt_bias + d, mask=mask, other=0.0).to(COMPUTE)
     state_offsets = n[:, None] * channels + d[None, :]
-    # decay_(t+1) G_(t+1). Loaded even where it is zero: the layout of a load becomes that of what is computed with it
-    carries += (b * chunks + k) * STATES * channels + state_offsets
-    carry = tl.load(carries, mask=_within(d, channels, 1, chunks)[None, :], other=0.0)
+    channel = tl.minimum(d, channels - 1)  # lanes beyond the last channel compute it again, without masks
+    # decay_(t+1) G_(t+1)
+    carry = _carried(ends, totals, b, k, chunks, channels, d, rates, COMPUTE, BACKWARD=True)
     grad_A = tl.zeros((STATES, BLOCK), COMPUTE)
     grad_D = tl.zeros((BLOCK,), COMPUTE)
     grad_bias = tl.zeros((BLOCK,), COMPUTE)
 
-    channel = tl.minimum(d, channels - 1)  # lanes beyond the last channel compute it again, without masks
     grad_y += b * grad_y_batch + channel
     u += b * u_batch + channel
     dt += b * dt_batch + channel
@@ -636,16 +637,16 @@ def _forward(
     u, dt, B, C, A, D, dt_bias = map(_rows, (u, dt, B, C, A, D, dt_bias))
     dtype = _compute_dtype(u)
     out = u.new_empty(batch, length, channels + (0 if z is None else z.shape[2]))
-    intervals = triton.cdiv(length, _INTERVAL) if save_states else 0
+    intervals = _cdiv(length, _INTERVAL) if save_states else 0
     starts = u.new_empty(batch, intervals, states, channels, dtype=dtype)
     if out.numel() == 0:
         return out, starts
     division = plan(batch, length, channels, _processors(u.device))
     block, blocks, chunk, chunks = division
     with _on(u.device):
-        carries = _carry(u, dt, A, B, dt_bias, division, backward=False) if chunks > 1 else starts
+        ends = _chunk_ends(u, dt, A, B, dt_bias, division, backward=False)
         _scan_kernel[(batch * chunks * blocks,)](
-            *(u, dt, A, B, C, D, dt_bias, out, starts, carries),
+            *(u, dt, A, B, C, D, dt_bias, out, starts, *ends),
             *_strides(u, dt, B, C, out),
             *(length, channels, chunk, chunks, blocks),
             STATES=states,
@@ -681,9 +682,9 @@ def _backward(
     grad_parameters = starts.new_empty(batch * chunks, states + 2, channels)
     unit = 1 if channels % 2 else 2
     with _on(u.device):
-        carries = _carry(grad_y, dt, A, C, dt_bias, division, backward=True) if chunks > 1 else starts
+        ends = _chunk_ends(grad_y, dt, A, C, dt_bias, division, backward=True)
         _scan_backward_kernel[(batch * chunks * blocks,)](
-            *(grad_y, u, dt, A, B, C, D, dt_bias, starts, carries, grad_u, grad_dt, grad_weights, grad_parameters),
+            *(grad_y, u, dt, A, B, C, D, dt_bias, starts, *ends, grad_u, grad_dt, grad_weights, grad_parameters),
             *_strides(grad_y, u, dt, B, C),
             *(batch, length, channels // unit, chunk, chunks, blocks),
             STATES=states,
@@ -698,37 +699,30 @@ def _backward(
     return grad_u, grad_dt, grad_weights.sum(0), grad_parameters.sum(0)
 
 
-def _carry(x: Tensor, dt: Tensor, A: Tensor, W: Tensor, dt_bias: Tensor, division: Plan, backward: bool) -> Tensor:
-    """States before each chunk, or gradients of the states after it, (batch, chunks, states, channels)."""
+def _chunk_ends(
+    x: Tensor, dt: Tensor, A: Tensor, W: Tensor, dt_bias: Tensor, division: Plan, backward: bool
+) -> tuple[Tensor, Tensor]:
+    """What `_chunk_ends_kernel` gives, (batch, chunks, states, channels) and (batch, chunks, channels)."""
     batch, length, channels = x.shape
     states = A.shape[1]
     block, blocks, chunk, chunks = division
     dtype = _compute_dtype(x)
     ends = x.new_empty(batch, chunks, states, channels, dtype=dtype)
     totals = x.new_empty(batch, chunks, channels, dtype=dtype)
-    _chunk_ends_kernel[(batch * chunks * blocks,)](
-        *(x, dt, A, W, dt_bias, ends, totals),
-        *_strides(x, dt, W),
-        *(length, channels, chunk, chunks, blocks),
-        STATES=states,
-        BLOCK=block,
-        STEPS=_INTERVAL,
-        ALIGN=_alignment(W),
-        COMPUTE=_triton_dtype(dtype),
-        BACKWARD=backward,
-        **_OPTIONS,
-    )
-    blocks = triton.cdiv(states * channels, _LANES)
-    _carry_kernel[(batch * blocks,)](
-        *(ends, totals, A, channels, chunks, blocks),
-        STATES=states,
-        BLOCK=_LANES,
-        STEPS=8,
-        COMPUTE=_triton_dtype(dtype),
-        BACKWARD=backward,
-        **_OPTIONS,
-    )
-    return ends
+    if chunks > 1:
+        _chunk_ends_kernel[(batch * (chunks - 1) * blocks,)](
+            *(x, dt, A, W, dt_bias, ends, totals),
+            *_strides(x, dt, W),
+            *(length, channels, chunk, chunks, blocks),
+            STATES=states,
+            BLOCK=block,
+            STEPS=_INTERVAL,
+            ALIGN=_alignment(W),
+            COMPUTE=_triton_dtype(dtype),
+            BACKWARD=backward,
+            **_OPTIONS,
+        )
+    return ends, totals
 
 
 def _convolve_forward(x: Tensor, weight: Tensor) -> Tensor:
@@ -742,14 +736,14 @@ def _run_convolve(x: Tensor, weight: Tensor, y: Tensor) -> None:
     if x.numel() == 0:
         return
     x, weight = _rows(x), weight.contiguous()
-    programs = batch * triton.cdiv(length, _TILE["STEPS"]) * triton.cdiv(width, _TILE["BLOCK"])
+    programs = batch * _cdiv(length, _TILE["STEPS"]) * _cdiv(width, _TILE["BLOCK"])
     with _on(x.device):
         _convolve_kernel[(programs,)](
             *(x, weight, y, *_strides(x, y), length, width), COMPUTE=_triton_dtype(_compute_dtype(x)), **_TILE
         )
 
 
-def _convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _run_convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of weight as (3, width)."""
     batch, length, width = x.shape
     dtype = _compute_dtype(x)
@@ -757,10 +751,10 @@ def _convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     if x.numel() == 0:
         return grad_x, x.new_zeros(3, width, dtype=dtype)
     grad_y, x, weight = _rows(grad_y), _rows(x), weight.contiguous()
-    tiles = batch * triton.cdiv(length, _BACKWARD_TILE["STEPS"])
+    tiles = batch * _cdiv(length, _BACKWARD_TILE["STEPS"])
     grad_weight = x.new_empty(tiles, 3, width, dtype=dtype)
     with _on(x.device):
-        _convolve_backward_kernel[(tiles * triton.cdiv(width, _BACKWARD_TILE["BLOCK"]),)](
+        _convolve_backward_kernel[(tiles * _cdiv(width, _BACKWARD_TILE["BLOCK"]),)](
             *(grad_y, x, weight, grad_x, grad_weight, *_strides(grad_y, x), length, width),
             COMPUTE=_triton_dtype(dtype),
             **_BACKWARD_TILE,
@@ -768,37 +762,25 @@ def _convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     return grad_x, grad_weight.sum(0)
 
 
-# The namespace carries this module's name, for transformers loads each model folder's code as modules of its own.
-_NAMESPACE = "mambavision_" + "".join(c if c.isascii() and c.isalnum() else f"_{ord(c):x}" for c in __name__)
-_scan = torch.library.custom_op(f"{_NAMESPACE}::scan", _forward, mutates_args=())
-_scan_backward = torch.library.custom_op(f"{_NAMESPACE}::scan_backward", _backward, mutates_args=())
-_convolve = torch.library.custom_op(f"{_NAMESPACE}::convolve", _convolve_forward, mutates_args=())
-_convolve_backward_op = torch.library.custom_op(f"{_NAMESPACE}::convolve_backward", _convolve_backward, mutates_args=())
-
-
-@_scan.register_fake
-def _(u, dt, A, B, C, D, dt_bias, z, weight, save_states):
+def _fake_forward(u, dt, A, B, C, D, dt_bias, z, weight, save_states):
     batch, length, channels = u.shape
     intervals = -(-length // _INTERVAL) if save_states else 0
     starts = u.new_empty(batch, intervals, A.shape[1], channels, dtype=_compute_dtype(u))
     return u.new_empty(batch, length, channels + (0 if z is None else z.shape[2])), starts
 
 
-@_scan_backward.register_fake
-def _(grad_y, u, dt, A, B, C, D, dt_bias, starts):
+def _fake_backward(grad_y, u, dt, A, B, C, D, dt_bias, starts):
     batch, length, channels = u.shape
     states = A.shape[1]
     grad_u, grad_dt = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt))
     return grad_u, grad_dt, starts.new_empty(batch, length, 2, states), starts.new_empty(states + 2, channels)
 
 
-@_convolve.register_fake
-def _(x, weight):
+def _fake_convolve_forward(x, weight):
     return x.new_empty(x.shape)
 
 
-@_convolve_backward_op.register_fake
-def _(grad_y, x, weight):
+def _fake_convolve_backward(grad_y, x, weight):
     grad_weight = x.new_empty(3, x.shape[2], dtype=_compute_dtype(x))
     return torch.empty_like(x, memory_format=torch.contiguous_format), grad_weight
 
@@ -850,19 +832,23 @@ def _gradients_of_convolve(ctx, grad_y):
 
 
 def _gradients_of_taps(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = _convolve_backward_op(grad_y, x, weight)
+    grad_x, grad_weight = _convolve_backward(grad_y, x, weight)
     return grad_x, grad_weight.T.unsqueeze(1).to(weight.dtype)
 
 
-_scan.register_autograd(_gradients_of_scan, setup_context=_save_for_scan)
-_convolve.register_autograd(_gradients_of_convolve, setup_context=_save_for_convolve)
+_scan = define(__name__, "scan", _forward, _fake_forward, _save_for_scan, _gradients_of_scan)
+_scan_backward = define(__name__, "scan_backward", _backward, _fake_backward)
+_convolve = define(
+    __name__, "convolve", _convolve_forward, _fake_convolve_forward, _save_for_convolve, _gradients_of_convolve
+)
+_convolve_backward = define(__name__, "convolve_backward", _run_convolve_backward, _fake_convolve_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv is a function of kernels, and takes 5 us
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

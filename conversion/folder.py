@@ -23,6 +23,7 @@ CODE = (
     "configuration_mambavision.py",
     "fusion_mambavision.py",
     "modeling_mambavision.py",
+    "operators.py",
     "selective_scan*.py",
     "winograd.py",
 )

@@ -47,6 +47,7 @@ MODEL_FILES = [
     "configuration_mambavision.py",
     "fusion_mambavision.py",
     "modeling_mambavision.py",
+    "operators.py",
     "selective_scan.py",
     "selective_scan_triton.py",
     "winograd.py",

@@ -60,6 +60,7 @@ FILES = {
     "fusion_mambavision.py",
     "model.safetensors",
     "modeling_mambavision.py",
+    "operators.py",
     "preprocessor_config.json",
     "requirements.txt",
     "selective_scan.py",

@@ -8,7 +8,7 @@ own, in which `test_in_the_interpreter` runs this file again. To see them one by
     TRITON_INTERPRET=1 pytest tests/test_kernels.py
 """
 
-import importlib.util
+import importlib
 import itertools
 import os
 import re
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_python, skip_where_tritons_interpreter_is_broken
+from conftest import ROOT, copy_code, run_python, skip_where_tritons_interpreter_is_broken
 from repository.selective_scan import selective_scan_reference
 from transformers.dynamic_module_utils import get_imports
 
@@ -275,13 +275,13 @@ class TestInterpreted:
     def test_operators_are_well_formed(self):
         _, inputs = make(2, 3, 4, torch.float32)
         inputs = [x.detach().requires_grad_() for x in inputs]
-        torch.library.opcheck(kernels._scan, (*inputs, True))
-        torch.library.opcheck(kernels._scan, (*inputs[:7], None, None, True))
-        torch.library.opcheck(kernels._convolve, inputs[7:])
+        torch.library.opcheck(kernels._scan.operator, (*inputs, True))
+        torch.library.opcheck(kernels._scan.operator, (*inputs[:7], None, None, True))
+        torch.library.opcheck(kernels._convolve.operator, inputs[7:])
         inputs = [x.detach() for x in inputs]
         starts = kernels._scan(*inputs[:7], None, None, True)[1]
-        torch.library.opcheck(kernels._scan_backward, (inputs[0], *inputs[:7], starts))
-        torch.library.opcheck(kernels._convolve_backward_op, (inputs[7], *inputs[7:]))
+        torch.library.opcheck(kernels._scan_backward.operator, (inputs[0], *inputs[:7], starts))
+        torch.library.opcheck(kernels._convolve_backward.operator, (inputs[7], *inputs[7:]))
 
     def test_compiles_to_one_graph(self):
         def loss(*inputs):
@@ -375,39 +375,40 @@ class TestLoading:
 
     @pytest.mark.parametrize("version", [None, "3.2.0"])
     def test_without_a_triton_that_serves(self, tmp_path, version):
+        copy_code(tmp_path / "folder")
         if version:
             (tmp_path / "triton").mkdir()
             (tmp_path / "triton" / "__init__.py").write_text(f"__version__ = '{version}'\n")
             (tmp_path / "triton" / "language.py").touch()
         code = """
-import runpy, sys
-if sys.argv[2] == "None":
+import importlib, sys
+import torch  # with the real triton
+for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+    del sys.modules[name]
+if sys.argv[1] == "None":
     sys.modules["triton"] = None
-else:
-    import torch  # with the real one
-    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
-        del sys.modules[name]
-    sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[2])
 try:
-    runpy.run_path(sys.argv[1])
+    importlib.import_module("folder.selective_scan_triton")
 except ImportError as error:
     print(error)
 """
-        done = run_python(code, ROOT / "selective_scan_triton.py", version, tmp_path)
+        done = run_python(code, version, tmp_path)
         expected = "needs triton 3.3 or newer, got 3.2.0" if version else "needs triton: pip install triton"
         assert expected in done.stdout and "backend='torch'" in done.stdout
 
-    def test_two_copies_live_side_by_side(self):
+    def test_two_copies_live_side_by_side(self, tmp_path, monkeypatch):
         """As when two model folders are loaded, each with its own copy of the code."""
-        spec = importlib.util.spec_from_file_location("another_folder.scan", ROOT / "selective_scan_triton.py")
-        copy = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(copy)
-        assert copy._NAMESPACE != kernels._NAMESPACE and copy._NAMESPACE.isidentifier() and copy._NAMESPACE.isascii()
+        copy_code(tmp_path / "another_folder")
+        monkeypatch.syspath_prepend(tmp_path)
+        copy = importlib.import_module("another_folder.selective_scan_triton")
+        names = [module._scan.operator._qualname for module in (kernels, copy)]
+        assert names[0] != names[1] and all(name.endswith("::scan") and name.isascii() for name in names)
 
 
 # What the compiler is told of each kernel: which arguments point to what. The rest are integers.
 INPUTS = ("u", "dt", "B", "C", "dt_bias", "x", "y", "W", "z", "weight", "grad_y", "grad_u", "grad_dt", "grad_x")
-EXACT = ("starts", "carries", "ends", "totals", "grad_weights", "grad_parameters", "grad_weight", "A", "D")
+EXACT = ("starts", "ends", "totals", "grad_weights", "grad_parameters", "grad_weight", "A", "D")
 SCAN = {"STATES": 8, "BLOCK": kernels._LANES, "STEPS": kernels._STEPS}
 VARIANTS = [
     *(
@@ -417,7 +418,6 @@ VARIANTS = [
     ),
     *(("_scan_backward_kernel", {**SCAN, "INTERVAL": kernels._INTERVAL, "UNIT": u}) for u in (1, 2)),
     *(("_chunk_ends_kernel", {**SCAN, "STEPS": kernels._INTERVAL, "BACKWARD": b}) for b in (0, 1)),
-    *(("_carry_kernel", {**SCAN, "STEPS": 8, "BACKWARD": b}) for b in (0, 1)),
     ("_convolve_kernel", {name: kernels._TILE[name] for name in ("STEPS", "BLOCK")}),
     ("_convolve_backward_kernel", {name: kernels._BACKWARD_TILE[name] for name in ("STEPS", "BLOCK")}),
 ]
@@ -489,7 +489,7 @@ class TestCompiled:
 
     def test_the_number_of_channels_is_nothing_to_compile_for(self):
         """Known as a multiple of 16, as the models' are, it spreads a channel's states over many lanes."""
-        for name in ("_scan_kernel", "_chunk_ends_kernel", "_carry_kernel", "_scan_backward_kernel"):
+        for name in ("_scan_kernel", "_chunk_ends_kernel", "_scan_backward_kernel"):
             (channels,) = (p for p in getattr(kernels, name).params if p.name == "channels")
             assert channels.do_not_specialize and not channels.is_constexpr
 

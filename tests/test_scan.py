@@ -174,7 +174,7 @@ def test_operator_is_registered_correctly(needs_grad):
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if needs_grad:
         tests.append("test_aot_dispatch_static")
-    torch.library.opcheck(scan_module._blocked_scan, (*inputs, needs_grad), test_utils=tests)
+    torch.library.opcheck(scan_module._blocked_scan.operator, (*inputs, needs_grad), test_utils=tests)
 
 
 class PassingOn(TorchFunctionMode):
@@ -197,7 +197,8 @@ def test_whoever_looks_on_sees_one_operator():
         (plain, Watching(), True),
         (plain, PassingOn(), True),
         *(([*plain[:i], plain[i].as_subclass(subclass), *plain[i + 1 :]], nullcontext(), True) for i in range(7)),
-        (recorded, nullcontext(), True),
+        (recorded, nullcontext(), False),
+        (recorded, Watching(), True),
         (recorded, torch.no_grad(), False),
         ([torch.nn.Parameter(x) for x in plain], torch.inference_mode(), False),
     ):
