@@ -4,6 +4,7 @@
 BatchNorm becomes a part of the convolution before it, and in the copy layer scale of the layer before it. On a CPU
 oneDNN then adds the bias and applies GELU to results that are still in the cache. There the 3x3 convolutions of large
 maps are computed by Winograd's algorithm (winograd.py), and layers in half precision in float32 where that is faster.
+On a GPU one kernel does all that follows a convolution (fusion_triton.py).
 """
 
 import copy
@@ -18,8 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._device import DeviceContext
 
-from .selective_scan import HALVES, ONEDNN_DTYPES, is_transformed
+from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
+
+
+try:
+    from .fusion_triton import finish
+except ImportError:  # no Triton
+    finish = None
 
 
 @torch.inference_mode(False)  # whose tensors do not count their changes, by which packed weights are known to be old
@@ -46,8 +53,8 @@ def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Modul
     stem, norm, pool = getattr(net.patch_embed, "conv_down", None), net.norm, net.avgpool
     for i in (0, 3) if is_known(net.patch_embed) and isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
         if _can_fold(stem[i], stem[i + 1]) and type(stem[i + 2]) is nn.ReLU:
-            stem[i], stem[i + 1] = FusedConv2d(_folded(stem[i], stem[i + 1])), nn.Identity()
-            stem[i + 2].inplace = is_untouched(stem[i + 2])  # not oneDNN's, which makes 0 of what is no number
+            stem[i] = FusedConv2d(_folded(stem[i], stem[i + 1]), stem[i + 2])
+            stem[i + 1], stem[i + 2] = nn.Identity(), nn.Identity()
     for level in net.levels:
         reduction = getattr(level.downsample, "reduction", None)
         if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain_conv(reduction[0]):
@@ -170,19 +177,19 @@ def is_untouched(layer: nn.Module) -> bool:
 
 
 class _Fused(nn.Module):
-    """A layer, and a GELU behind it or none, in one pass over memory where oneDNN runs.
+    """A layer, and an activation behind it or none, in one pass over memory where oneDNN runs.
 
     There it also keeps the weights a second time, in the order in which oneDNN reads them or transformed for Winograd's
     algorithm, from the first call on: this takes up to half of a layer's time for one image.
     """
 
-    def __init__(self, layer: nn.Module, gelu: nn.GELU | None = None):
+    def __init__(self, layer: nn.Module, activation: nn.Module | None = None):
         super().__init__()
-        self.layer, self.gelu, self.packed = layer, gelu, {}
+        self.layer, self.activation, self.packed = layer, activation, {}
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._can_fuse(x):
-            return self.layer(x) if self.gelu is None else self.gelu(self.layer(x))
+            return self.layer(x) if self.activation is None else self.activation(self.layer(x))
         y, bias = _to(_precision(x, self.layer, is_prepared=True), x, self.layer.bias)
         return self._compute(y, bias).to(x.dtype)
 
@@ -197,7 +204,7 @@ class _Fused(nn.Module):
         return packed[2]
 
     def _can_fuse(self, x: Tensor) -> bool:
-        return _onednn_takes(x, self.layer) and (self.gelu is None or is_untouched(self.gelu))
+        return _onednn_takes(x, self.layer) and (self.activation is None or is_untouched(self.activation))
 
     def _apply(self, *args, **kwargs):
         self.packed = {}  # the weights move, or change their precision
@@ -217,8 +224,13 @@ class _Fused(nn.Module):
 
 
 class FusedConv2d(_Fused):
-    def __init__(self, layer: nn.Conv2d, gelu: nn.GELU | None = None):
-        super().__init__(layer.to(memory_format=torch.channels_last), gelu)  # or each call copies the weights
+    def __init__(self, layer: nn.Conv2d, activation: nn.Module | None = None):
+        super().__init__(layer.to(memory_format=torch.channels_last), activation)  # or each call copies the weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _is_plain_conv(self.layer) and _may_finish(x, self.layer, None):
+            return _convolve_and_finish(x, self.layer, None, self.activation)
+        return super().forward(x)
 
     def _can_fuse(self, x: Tensor) -> bool:
         return _is_plain_conv(self.layer) and super()._can_fuse(x)
@@ -226,10 +238,10 @@ class FusedConv2d(_Fused):
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         c = self.layer
         if winograd_pays(x, c, is_prepared=True):
-            return _convolve_by_winograd(x, self._pack(winograd_filters, x.dtype), bias, self.gelu)
+            return _convolve_by_winograd(x, self._pack(winograd_filters, x.dtype), bias, self.activation)
         reorder, shape = torch.ops.mkldnn._reorder_convolution_weight, list(x.shape)
         weight = self._pack(reorder, x.dtype, c.padding, c.stride, c.dilation, c.groups, shape)
-        return _convolve(x, c, weight, bias, self.gelu)
+        return _convolve(x, c, weight, bias, self.activation)
 
 
 class FusedLinear(_Fused):
@@ -239,7 +251,7 @@ class FusedLinear(_Fused):
     def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         is_faster = _onednn_is_faster(x, self.layer)
         pack = torch.ops.mkldnn._reorder_linear_weight if is_faster else Tensor.contiguous
-        return _linear(x, self._pack(pack, x.dtype), bias, self.gelu, is_faster)
+        return _linear(x, self._pack(pack, x.dtype), bias, self.activation, is_faster)
 
 
 def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None = None) -> Tensor:
@@ -247,6 +259,8 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
 
     Only where nothing but the time tells the two apart.
     """
+    if norm is not None and _can_fold(conv, norm) and _may_finish(x, conv, norm):
+        return _convolve_and_finish(x, conv, norm, activation)
     if not _is_worth_folding(x, conv, norm):
         x = conv(x) if norm is None else norm(conv(x))
         return x if activation is None else activation(x)
@@ -265,6 +279,37 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
     else:
         y = _convolve(y, conv, weight.contiguous(memory_format=torch.channels_last), bias, activation)
     return y.to(x.dtype)
+
+
+def _may_finish(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
+    """Whether a kernel of ours may do what follows a convolution: on a GPU, with nobody who records or looks on."""
+    if finish is None or not x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype == torch.float64 or is_transformed():
+        return False
+    if any(y is not None and y.device != x.device for y in (conv.bias, norm and norm.running_mean)):
+        return False
+    is_watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return not is_watched and x.numel() > 0 and backend_on(x.device) == "triton"
+
+
+def _convolve_and_finish(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, activation: nn.Module | None
+) -> Tensor:
+    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    name = _name_of(activation)
+    if conv.bias is not None or norm is not None or name not in ("none", None):
+        y = finish(y.contiguous(memory_format=torch.channels_last), conv.bias, norm, name or "none")
+    return activation(y) if name is None else y
+
+
+def _name_of(activation: nn.Module | None) -> str | None:
+    """What `finish` calls an activation; None for what it does not know, or what calls others."""
+    if activation is None:
+        return "none"
+    if _is_gelu(activation):
+        return {"none": "gelu", "tanh": "gelu_tanh"}[activation.approximate]
+    return "relu" if type(activation) is nn.ReLU and is_untouched(activation) else None
 
 
 # Numbers in a convolution's input from which on BatchNorm and the activation take longer than folding
@@ -329,7 +374,7 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
 
     Only where nothing but the time tells the two apart.
     """
-    fits = _is_plain(layer, nn.Linear) and (activation is None or _is_gelu(activation))
+    fits = x.is_cpu and _is_plain(layer, nn.Linear) and (activation is None or _is_gelu(activation))
     if fits and _onednn_takes(x, layer):
         (weight, bias), dtype, is_faster = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
         if dtype != x.dtype:

@@ -34,8 +34,9 @@ from .selective_scan import (
 
 
 with suppress(ImportError):  # named for transformers 4, which takes along what this file itself imports
-    from .operators import define as _  # noqa: F401
-    from .selective_scan_triton import scan as _  # noqa: F401
+    from .fusion_triton import finish  # noqa: F401
+    from .operators import define  # noqa: F401
+    from .selective_scan_triton import scan  # noqa: F401
     from .winograd import winograd_convolution  # noqa: F401
 
 try:  # transformers 5

@@ -643,8 +643,8 @@ def _forward(
         return out, starts
     division = plan(batch, length, channels, _processors(u.device))
     block, blocks, chunk, chunks = division
-    with _on(u.device):
-        ends = _chunk_ends(u, dt, A, B, dt_bias, division, backward=False)
+    with on_device(u.device):
+        ends = _chunk_ends(u, dt, A, B, dt_bias, division, backward=False) if chunks > 1 else (starts, starts)
         _scan_kernel[(batch * chunks * blocks,)](
             *(u, dt, A, B, C, D, dt_bias, out, starts, *ends),
             *_strides(u, dt, B, C, out),
@@ -681,8 +681,8 @@ def _backward(
     grad_weights = starts.new_empty(blocks, batch, length, 2, states)
     grad_parameters = starts.new_empty(batch * chunks, states + 2, channels)
     unit = 1 if channels % 2 else 2
-    with _on(u.device):
-        ends = _chunk_ends(grad_y, dt, A, C, dt_bias, division, backward=True)
+    with on_device(u.device):
+        ends = _chunk_ends(grad_y, dt, A, C, dt_bias, division, backward=True) if chunks > 1 else (starts, starts)
         _scan_backward_kernel[(batch * chunks * blocks,)](
             *(grad_y, u, dt, A, B, C, D, dt_bias, starts, *ends, grad_u, grad_dt, grad_weights, grad_parameters),
             *_strides(grad_y, u, dt, B, C),
@@ -709,19 +709,18 @@ def _chunk_ends(
     dtype = _compute_dtype(x)
     ends = x.new_empty(batch, chunks, states, channels, dtype=dtype)
     totals = x.new_empty(batch, chunks, channels, dtype=dtype)
-    if chunks > 1:
-        _chunk_ends_kernel[(batch * (chunks - 1) * blocks,)](
-            *(x, dt, A, W, dt_bias, ends, totals),
-            *_strides(x, dt, W),
-            *(length, channels, chunk, chunks, blocks),
-            STATES=states,
-            BLOCK=block,
-            STEPS=_INTERVAL,
-            ALIGN=_alignment(W),
-            COMPUTE=_triton_dtype(dtype),
-            BACKWARD=backward,
-            **_OPTIONS,
-        )
+    _chunk_ends_kernel[(batch * (chunks - 1) * blocks,)](
+        *(x, dt, A, W, dt_bias, ends, totals),
+        *_strides(x, dt, W),
+        *(length, channels, chunk, chunks, blocks),
+        STATES=states,
+        BLOCK=block,
+        STEPS=_INTERVAL,
+        ALIGN=_alignment(W),
+        COMPUTE=_triton_dtype(dtype),
+        BACKWARD=backward,
+        **_OPTIONS,
+    )
     return ends, totals
 
 
@@ -737,7 +736,7 @@ def _run_convolve(x: Tensor, weight: Tensor, y: Tensor) -> None:
         return
     x, weight = _rows(x), weight.contiguous()
     programs = batch * _cdiv(length, _TILE["STEPS"]) * _cdiv(width, _TILE["BLOCK"])
-    with _on(x.device):
+    with on_device(x.device):
         _convolve_kernel[(programs,)](
             *(x, weight, y, *_strides(x, y), length, width), COMPUTE=_triton_dtype(_compute_dtype(x)), **_TILE
         )
@@ -753,7 +752,7 @@ def _run_convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     grad_y, x, weight = _rows(grad_y), _rows(x), weight.contiguous()
     tiles = batch * _cdiv(length, _BACKWARD_TILE["STEPS"])
     grad_weight = x.new_empty(tiles, 3, width, dtype=dtype)
-    with _on(x.device):
+    with on_device(x.device):
         _convolve_backward_kernel[(tiles * _cdiv(width, _BACKWARD_TILE["BLOCK"]),)](
             *(grad_y, x, weight, grad_x, grad_weight, *_strides(grad_y, x), length, width),
             COMPUTE=_triton_dtype(dtype),
@@ -882,6 +881,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(device: torch.device):
+def on_device(device: torch.device):
     """Kernels start on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -22,6 +22,7 @@ ROOT = DATA.parent
 CODE = (
     "configuration_mambavision.py",
     "fusion_mambavision.py",
+    "fusion_triton.py",
     "modeling_mambavision.py",
     "operators.py",
     "selective_scan*.py",

@@ -22,8 +22,8 @@ except ImportError:  # Windows has no such locks
 # What a converted folder may hold: nothing else is ever deleted
 OWN_FILES = (
     *("config.json", "preprocessor_config.json", "conversion.json", "model.safetensors", "model-*-of-*.safetensors"),
-    *("model.safetensors.index.json", "*_mambavision*.py", "selective_scan*.py", "winograd.py", "operators.py"),
-    *("README.md", "LICENSE", "requirements.txt", ".gitattributes"),
+    *("model.safetensors.index.json", "*_mambavision*.py", "selective_scan*.py", "winograd.py", "fusion_triton.py"),
+    *("operators.py", "README.md", "LICENSE", "requirements.txt", ".gitattributes"),
 )
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that have none, such as some of networks
 

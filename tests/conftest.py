@@ -46,6 +46,7 @@ from weights import filled  # noqa: E402
 MODEL_FILES = [
     "configuration_mambavision.py",
     "fusion_mambavision.py",
+    "fusion_triton.py",
     "modeling_mambavision.py",
     "operators.py",
     "selective_scan.py",

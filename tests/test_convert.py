@@ -58,6 +58,7 @@ FILES = {
     "configuration_mambavision.py",
     "conversion.json",
     "fusion_mambavision.py",
+    "fusion_triton.py",
     "model.safetensors",
     "modeling_mambavision.py",
     "operators.py",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, copy_code, run_python, skip_where_tritons_interpreter_is_broken
 from repository.selective_scan import selective_scan_reference
@@ -26,6 +27,7 @@ from transformers.dynamic_module_utils import get_imports
 
 triton = pytest.importorskip("triton", minversion="3.3", reason="torch comes without triton on this platform")
 
+from repository import fusion_triton  # noqa: E402
 from repository import selective_scan_triton as kernels  # noqa: E402
 
 
@@ -108,6 +110,32 @@ def error(actual, expected):
     """NaN passes no comparison."""
     scale = expected.norm().item()
     return (actual.detach().double().cpu() - expected.detach()).norm().item() / (scale or 1.0)
+
+
+ACTIVATIONS = {"none": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}
+
+
+def check_finish(shape, dtype, activation, parts="both", device="cpu"):
+    """What follows a convolution, in the place of its result: the offset, the norm, both, and an activation."""
+    generator = torch.Generator().manual_seed(shape[1])
+    x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
+    norm, offset = nn.BatchNorm2d(shape[1], eps=0.1).eval(), torch.randn(shape[1], generator=generator)
+    for tensor in (norm.running_mean, norm.weight.data, norm.bias.data):
+        tensor.normal_(generator=generator)
+    norm.running_var.uniform_(0.1, 2.0, generator=generator)
+    norm = norm if parts != "offset" else None
+    offset = offset if parts != "norm" else None
+    with torch.no_grad():
+        expected = x.double() if offset is None else x.double() + offset.double().view(1, -1, 1, 1)
+        if norm is not None:
+            tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            expected = F.batch_norm(expected, *(x.double() for x in tensors), eps=norm.eps)
+        expected = ACTIVATIONS[activation](expected)
+        there = x.to(device)
+        inputs = (None if offset is None else offset.to(device), norm and norm.to(device))
+        y = fusion_triton.finish(there, *inputs, activation)
+    assert y is there and y.dtype == dtype
+    assert error(y, expected) < TOLERANCE[dtype]
 
 
 def divided(monkeypatch, block=None, chunk=None):
@@ -294,6 +322,12 @@ class TestInterpreted:
         for ours, theirs in zip(torch.autograd.grad(compiled(*inputs), leaves), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
+    @pytest.mark.parametrize("width", [20, 32, 80, 196])
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_what_follows_a_convolution(self, width, activation):
+        for dtype, parts in itertools.product((torch.float32, torch.bfloat16), ("both", "norm", "offset")):
+            check_finish((2, width, 23, 13), dtype, activation, parts)
+
     def test_second_derivatives_are_refused(self):
         _, inputs = make(1, 3, 4, torch.float32)
         for y in (kernels.scan(*inputs[:7]), kernels.convolve(*inputs[7:])):
@@ -401,14 +435,16 @@ except ImportError as error:
         """As when two model folders are loaded, each with its own copy of the code."""
         copy_code(tmp_path / "another_folder")
         monkeypatch.syspath_prepend(tmp_path)
-        copy = importlib.import_module("another_folder.selective_scan_triton")
-        names = [module._scan.operator._qualname for module in (kernels, copy)]
+        other = importlib.import_module("another_folder.selective_scan_triton")
+        names = [module._scan.operator._qualname for module in (kernels, other)]
         assert names[0] != names[1] and all(name.endswith("::scan") and name.isascii() for name in names)
 
 
 # What the compiler is told of each kernel: which arguments point to what. The rest are integers.
 INPUTS = ("u", "dt", "B", "C", "dt_bias", "x", "y", "W", "z", "weight", "grad_y", "grad_u", "grad_dt", "grad_x")
+INPUTS += ("offset", "mean", "variance", "bias")
 EXACT = ("starts", "ends", "totals", "grad_weights", "grad_parameters", "grad_weight", "A", "D")
+FINISH = {"HAS_OFFSET": True, "HAS_NORM": True, "HAS_BIAS": True}
 SCAN = {"STATES": 8, "BLOCK": kernels._LANES, "STEPS": kernels._STEPS}
 VARIANTS = [
     *(
@@ -420,6 +456,10 @@ VARIANTS = [
     *(("_chunk_ends_kernel", {**SCAN, "STEPS": kernels._INTERVAL, "BACKWARD": b}) for b in (0, 1)),
     ("_convolve_kernel", {name: kernels._TILE[name] for name in ("STEPS", "BLOCK")}),
     ("_convolve_backward_kernel", {name: kernels._BACKWARD_TILE[name] for name in ("STEPS", "BLOCK")}),
+    *(
+        ("_finish_kernel", {**FINISH, "WIDTH": width, "BLOCK": block, "ROWS": 4096 // block, "ACTIVATION": activation})
+        for (width, block), activation in itertools.product(((80, 16), (160, 32), (196, 32)), ACTIVATIONS)
+    ),
 ]
 
 
@@ -428,19 +468,24 @@ def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", ali
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(kernels, name)
-    constants = {**constants, "COMPUTE": triton.language.float64 if exact == "fp64" else triton.language.float32}
+    kernel = getattr(fusion_triton if name == "_finish_kernel" else kernels, name)
+    if "COMPUTE" in kernel.arg_names:
+        constants = {**constants, "COMPUTE": triton.language.float64 if exact == "fp64" else triton.language.float32}
     if "ALIGN" in kernel.arg_names:
         constants["ALIGN"] = align or 16
     steps = {"u_step": 160, "dt_step": 160, "x_step": 160, "y_step": 320, "grad_y_step": 320}
     steps |= dict.fromkeys(("B_step", "C_step", "W_step"), row)  # by default as in T's third stage
     constants |= {p.name: steps[p.name] for p in kernel.params if p.is_constexpr and p.name in steps}
     types = {n: f"*{inputs}" if n in INPUTS else f"*{exact}" if n in EXACT else integers for n in kernel.arg_names}
+    types["eps"] = "fp32"
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     positions = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in (*EXACT, "y", "grad_u")}
+    known = (*EXACT, "y", "grad_u", *(("x",) if name == "_finish_kernel" else ()))
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in known}
     source = ASTSource(kernel, signature, constexprs=positions, attrs=aligned)
-    warps = kernels._TILE["num_warps"] if "convolve" in name else kernels._OPTIONS["num_warps"]
+    warps = {"_convolve": kernels._TILE, "_finish_k": fusion_triton._OPTIONS}.get(name[:9], kernels._OPTIONS)[
+        "num_warps"
+    ]
     options = {"num_warps": warps, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -520,6 +565,12 @@ class TestOnGpu:
     def test_long_steps_and_fast_decay(self, monkeypatch, chunk):
         divided(monkeypatch, chunk=chunk)
         check(3, 500, 40, torch.float32, longest_step=20.0, fastest_decay=64.0, device="cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_what_follows_a_convolution(self, activation, dtype):
+        for width, parts in itertools.product((20, 32, 80, 160, 196), ("both", "norm", "offset")):
+            check_finish((3, width, 57, 31), dtype, activation, parts, device="cuda")
 
     @pytest.mark.parametrize("shape", [(64, 196, 160), (1, 4096, 160)])
     def test_twice_gives_the_same_bits(self, shape):
