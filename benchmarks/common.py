@@ -439,19 +439,21 @@ def versions(published: Path | None = None) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with "-dirty" where files other than results differ from it; outside git what
-    $COMMIT says."""
+    """What $COMMIT says, or the commit that is checked out, with "-dirty" where files other than results differ from
+    it; None outside git."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", "-C", ROOT, *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
 
+    if os.environ.get("COMMIT"):  # of a copy of the files, which the checkout around them knows nothing of
+        return os.environ["COMMIT"]
     try:
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
         return git("rev-parse", "HEAD") + "-dirty" * bool(changes)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT")
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -477,8 +479,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, without exponents: what a table needs."""
+    """Two or three significant digits, without exponents: what a table needs."""
     if value is None:
         return "-"
-    decimals = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    decimals = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2 if abs(value) >= 0.0995 else 3
     return f"{value:.{decimals}f}"

@@ -6,9 +6,9 @@
 #
 # Needs no network. What is not there is left out, and said: $MAMBA_SSM_SRC, unpacked sources of mamba_ssm (default:
 # .cache/mamba_ssm-src), where $MAMBA_SSM (default: .cache/mamba_ssm) does not hold its scan from an earlier run;
-# $PUBLISHED, a folder with the package mambavision 1.2.0 (default: .cache/mambavision-1.2.0). Outside git, $COMMIT names
-# the commit. A step that fails or runs out of time leaves what it has written, and the next one starts; the exit status
-# is the number of such steps.
+# $PUBLISHED, a folder with the package mambavision 1.2.0 (default: .cache/mambavision-1.2.0). In a copy of the files
+# $COMMIT names their commit. A step that fails or runs out of time leaves what it has written, and the next one starts;
+# the exit status is the number of such steps.
 
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -21,12 +21,12 @@ build=170           # in the background, while the tests run
 warming=150         # in the background too: torch.compile keeps what it made
 gpu_tests=130
 mamba_ssm_tests=40
-scan=70
-models=60
+scan=60
+models=50
 compiled=45
 fused_compiled=45
-training=45
-sizes=45
+training=70
+sizes=50
 
 python=${PYTHON:-python3}
 sources=${MAMBA_SSM_SRC:-.cache/mamba_ssm-src}
@@ -71,9 +71,11 @@ elif [[ -d $sources ]]; then
 else
   say "no $sources: mamba_ssm's CUDA scan is left out"
 fi
-for contender in ours-compiled ours-fused-compiled convnext_tiny-compiled; do
+for ahead in ours-compiled ours-graphs ours-fused-compiled convnext_tiny-compiled training; do
+  settings=(--modes inference --batches 128 --precisions bf16 --contenders "$ahead")
+  [[ $ahead == training ]] && settings=(--modes training --precisions autocast-bf16 --contenders ours)
   timeout --kill-after=5 "$warming" "$python" benchmarks/throughput.py --device cuda --results "$(mktemp -d)" \
-    --modes inference --batches 128 --precisions bf16 --contenders "$contender" --rounds 1 >/dev/null 2>&1 &
+    "${settings[@]}" --rounds 1 --max-other-cpu 100 >/dev/null 2>&1 &
   warming_up+=($!)
 done
 
@@ -95,18 +97,18 @@ wait "${warming_up[@]}"
 common=(--device cuda --results "$output" --max-other-cpu 100) # in a container, the other processes are the host's
 models_common=("${common[@]}")
 [[ -d $published ]] && models_common+=(--published "$published")
-step scan "$scan" "$python" benchmarks/scan.py "${common[@]}" --lengths 196 49 1024 4096 12544 --rounds 9 \
+step scan "$scan" "$python" benchmarks/scan.py "${common[@]}" --lengths 196 49 1024 4096 12544 --rounds 7 \
   --contenders triton mamba_ssm mamba_ssm-native triton-graph mamba_ssm-graph mamba_ssm-native-graph
 step models "$models" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference --batches 128 \
   --precisions bf16
 step compiled "$compiled" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference --batches 128 \
-  --precisions bf16 --contenders ours-compiled published convnext_tiny
+  --precisions bf16 --contenders ours-compiled ours-graphs published
 step fused-compiled "$fused_compiled" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference \
   --batches 128 --precisions bf16 --contenders ours-fused-compiled published convnext_tiny-compiled
 step training "$training" "$python" benchmarks/throughput.py "${models_common[@]}" --modes training \
-  --precisions autocast-bf16 --rounds 7
-step sizes "$sizes" "$python" benchmarks/throughput.py "${models_common[@]}" --modes inference resolution --batches 8 1 \
-  --precisions bf16 autocast-fp16 --rounds 7
+  --precisions autocast-bf16 --contenders ours published convnext_tiny --rounds 7
+step sizes "$sizes" "$python" benchmarks/throughput.py "${models_common[@]}" --modes resolution inference --batches 1 8 \
+  --precisions bf16 --rounds 7
 
 if ((${#failed[@]})); then
   echo "error: of the steps, these failed: ${failed[*]}" >&2

@@ -247,6 +247,7 @@ def points(machine: dict) -> list[dict]:
             if speed > best.get((name, model), {"speed": 0})["speed"]:
                 kind = "peer" if name in PEERS_TOP1 else name
                 best[name, model] = {"kind": kind, "model": model, "speed": speed, "top1": top1, "how": label}
+                best[name, model]["compiled"] = bool(re.search("-(compiled|graphs) ", label))
     return [{**point, "batch": batch} for point in best.values()]
 
 
@@ -273,7 +274,7 @@ def plot(machines: list[dict], path: Path) -> None:
             chosen = sorted((x for x in found if x["kind"] == kind), key=lambda x: x["speed"])
             axis.plot([x["speed"] for x in chosen], [x["top1"] for x in chosen], style, label=label)
             for x in chosen:
-                text = f"{x['model']} ({x['how'].split(' ')[-1]}{', compiled' * ('compiled' in x['how'])})"
+                text = f"{x['model']} ({x['how'].split(' ')[-1]}{', compiled' * x['compiled']})"
                 axis.annotate(text, (x["speed"], x["top1"]), (4, 5), textcoords="offset points", fontsize=7)
         axis.set_xscale("log")
         axis.margins(0.3, 0.2)  # room for the texts

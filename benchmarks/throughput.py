@@ -8,6 +8,7 @@ The contenders, each in every precision asked for:
     published         the package mambavision, with mamba_ssm's CUDA scan on a GPU and a loop over the tokens on a CPU
     convnext_tiny, swin_tiny, resnet50    timm's, in channels_last, with inputs in channels_last
     NAME-compiled     any of them under torch.compile
+    NAME-graphs       the same in its mode "reduce-overhead": launched from CUDA graphs
 
 fp32, bf16 and fp16 are weights and inputs of that dtype; autocast-bf16 and autocast-fp16 are float32 weights under
 torch.autocast. A training step is forward, cross-entropy, backward and AdamW. All contenders of a group, with all
@@ -42,6 +43,7 @@ PEERS = {
     "resnet50": "resnet50",
 }
 CONTENDERS = [*OURS, "published", *PEERS]
+COMPILED = {"-compiled": "default", "-graphs": "reduce-overhead"}  # modes of torch.compile
 PRECISIONS = {  # dtype of the weights, dtype of autocast
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
@@ -117,11 +119,11 @@ def compare(args, scratch: Path):
 
 def parse(arguments):
     parser = common.Parser(description=__doc__.split("\n")[0])
-    names = [*CONTENDERS, *(f"{name}-compiled" for name in CONTENDERS)]
+    names = [f"{name}{suffix}" for suffix in ("", *COMPILED) for name in CONTENDERS]
     parser.add_argument("--variants", type=variant_name, nargs="+", default=["T-1K"], metavar="NAME",
                         help="T, T2, S, B, L, L2, B-21K, ... (default: T)")  # fmt: skip
     parser.add_argument("--contenders", choices=names, nargs="+", metavar="NAME", help=f"of {', '.join(CONTENDERS)}"
-                        " (the default), each also NAME-compiled")  # fmt: skip
+                        " (the default), each also NAME-compiled and NAME-graphs")  # fmt: skip
     parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", metavar="NAME",
                         help=f"of {', '.join(PRECISIONS)} (default: all, on a CPU without fp16's)")  # fmt: skip
     parser.add_argument("--modes", choices=MODES, nargs="+", default=MODES, help="(default: all; resolution is ours"
@@ -133,7 +135,6 @@ def parse(arguments):
     parser.add_argument("--image-size", type=common.positive, help="pixels a side (default: the variant's resolution)")
     parser.add_argument("--resolutions", type=common.positive, nargs="+", metavar="PIXELS", help="image sizes of the"
                         f" mode resolution (default: {' '.join(map(str, RESOLUTIONS))})")  # fmt: skip
-    parser.add_argument("--compile-mode", default="default", help="torch.compile's mode for the compiled contenders")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help=f"that {PUBLISHED} is installed in (default:"
                         " .cache/mambavision-1.2.0, filled by pip where it is missing)")  # fmt: skip
     common.add_common_arguments(parser)
@@ -189,7 +190,7 @@ class Models:
     """The contenders of one variant, built where they are first used and kept until `clear`."""
 
     def __init__(self, variant: str, args, folder: Path, published: Path | None, no_published: str | None):
-        self.variant, self.device, self.compile_mode = variant, args.device, args.compile_mode
+        self.variant, self.device = variant, args.device
         self.folder, self.published, self.no_published = folder, published, no_published
         self.config_class = common.repository("configuration_mambavision").MambaVisionConfig
         self.settings = dict(common.repository("configuration_mambavision").VARIANTS[f"MambaVision-{variant}"])
@@ -215,9 +216,10 @@ class Models:
         dtype = PRECISIONS[precision][0]
         key = (name, precision if training else dtype, training)  # two trainings must not share weights
         if key not in self.built:
-            if name.endswith("-compiled"):
-                eager = self.get(name.removesuffix("-compiled"), precision, training)
-                self.built[key] = torch.compile(eager, dynamic=False, mode=self.compile_mode)
+            if name != eager_name(name):
+                mode = COMPILED[name.removeprefix(eager_name(name))]
+                eager = self.get(eager_name(name), precision, training)
+                self.built[key] = torch.compile(eager, dynamic=False, mode=mode)
             else:
                 model = self._build(name, dtype)
                 self.built[key] = model.train() if training else model
@@ -253,12 +255,12 @@ class Models:
         """Images (batch, 3, size, size), the same ones for all, in the dtype of the weights."""
         size = size or self.image_size
         images = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
-        layout = torch.channels_last if name.removesuffix("-compiled") in PEERS else torch.contiguous_format
+        layout = torch.channels_last if eager_name(name) in PEERS else torch.contiguous_format
         return images.to(self.device, PRECISIONS[precision][0]).contiguous(memory_format=layout)
 
     def flops_per_image(self, name: str, size: int) -> int:
         """Of convolutions, matrix products and attention in a forward pass, a multiplication and an addition each."""
-        name = name.removesuffix("-compiled")
+        name = eager_name(name)
         name = "ours" if name in (*OURS, "published") else name  # the same function
         if (name, size) not in self.flops:
             from torch.utils.flop_counter import FlopCounterMode
@@ -268,6 +270,11 @@ class Models:
                 model(self.inputs(name, "fp32", 1, size))
             self.flops[name, size] = counter.get_total_flops()
         return self.flops[name, size]
+
+
+def eager_name(name: str) -> str:
+    """A contender's name without what says that it is compiled."""
+    return next((name.removesuffix(suffix) for suffix in COMPILED if name.endswith(suffix)), name)
 
 
 def autocast(precision: str, device: str):
@@ -405,7 +412,7 @@ def add_differences(calls: dict, entries: dict) -> None:
 
 def baselines(name: str, precision: str, times: dict) -> list[str]:
     """What the contender is compared with: the published model in float32 and as it is cast, and ConvNeXt as cast."""
-    if name.removesuffix("-compiled") not in OURS:
+    if eager_name(name) not in OURS:
         return []
     labels = ["published fp32", f"published {precision}", f"convnext_tiny {precision}"]
     return [label for label in dict.fromkeys(labels) if label in times]
