@@ -473,20 +473,18 @@ def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", ali
         constants = {**constants, "COMPUTE": triton.language.float64 if exact == "fp64" else triton.language.float32}
     if "ALIGN" in kernel.arg_names:
         constants["ALIGN"] = align or 16
+    types = {n: f"*{inputs}" if n in INPUTS else f"*{exact}" if n in EXACT else integers for n in kernel.arg_names}
+    types["eps"] = "fp32"
     steps = {"u_step": 160, "dt_step": 160, "x_step": 160, "y_step": 320, "grad_y_step": 320}
     steps |= dict.fromkeys(("B_step", "C_step", "W_step"), row)  # by default as in T's third stage
     constants |= {p.name: steps[p.name] for p in kernel.params if p.is_constexpr and p.name in steps}
-    types = {n: f"*{inputs}" if n in INPUTS else f"*{exact}" if n in EXACT else integers for n in kernel.arg_names}
-    types["eps"] = "fp32"
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     positions = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
     known = (*EXACT, "y", "grad_u", *(("x",) if name == "_finish_kernel" else ()))
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in known}
     source = ASTSource(kernel, signature, constexprs=positions, attrs=aligned)
-    warps = {"_convolve": kernels._TILE, "_finish_k": fusion_triton._OPTIONS}.get(name[:9], kernels._OPTIONS)[
-        "num_warps"
-    ]
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = fusion_triton._OPTIONS if name == "_finish_kernel" else kernels._OPTIONS
+    options = {**options, "num_warps": kernels._TILE["num_warps"]} if "convolve" in name else options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
