@@ -26,7 +26,6 @@ saved every `_INTERVAL` steps and recomputes those between.
 
 import contextlib
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -92,6 +91,7 @@ class Plan(NamedTuple):
     chunks: int
 
 
+@functools.lru_cache
 def plan(batch: int, length: int, channels: int, processors: int) -> Plan:
     """How a scan is divided among programs of one warp each, on a device with so many multiprocessors.
 
@@ -876,8 +876,11 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 def _alignment(*tensors: Tensor) -> int:
     """The power of two, at most 16, of bytes on which every row of all of them begins."""
-    sizes = [size for x in tensors for size in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:2]))]
-    return math.gcd(16, *sizes)
+    places = 16
+    for x in tensors:
+        size, (batch, step, _) = x.element_size(), x.stride()
+        places |= x.data_ptr() | batch * size | step * size
+    return places & -places  # the lowest bit that any of them has
 
 
 @functools.cache
