@@ -277,7 +277,7 @@ def plot(machines: list[dict], path: Path) -> None:
                 text = f"{x['model']} ({x['how'].split(' ')[-1]}{', compiled' * x['compiled']})"
                 axis.annotate(text, (x["speed"], x["top1"]), (4, 5), textcoords="offset points", fontsize=7)
         axis.set_xscale("log")
-        axis.margins(0.3, 0.2)  # room for the texts
+        axis.margins(0.4, 0.2)  # room for the texts
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
