@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._device import DeviceContext
 
+from .operators import has_modes
 from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
@@ -228,7 +228,7 @@ class FusedConv2d(_Fused):
         super().__init__(layer.to(memory_format=torch.channels_last), activation)  # or each call copies the weights
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_plain_conv(self.layer) and _may_finish(x, self.layer, None):
+        if _may_finish(x, self.layer, None):
             return _convolve_and_finish(x, self.layer, None, self.activation)
         return super().forward(x)
 
@@ -259,7 +259,7 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
 
     Only where nothing but the time tells the two apart.
     """
-    if norm is not None and _can_fold(conv, norm) and _may_finish(x, conv, norm):
+    if norm is not None and _may_finish(x, conv, norm):
         return _convolve_and_finish(x, conv, norm, activation)
     if not _is_worth_folding(x, conv, norm):
         x = conv(x) if norm is None else norm(conv(x))
@@ -281,16 +281,26 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
     return y.to(x.dtype)
 
 
-def _may_finish(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
-    """Whether a kernel of ours may do what follows a convolution: on a GPU, with nobody who records or looks on."""
-    if finish is None or not x.is_cuda or torch.compiler.is_compiling() or torch.jit.is_tracing():
+def _may_finish(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
+    """Whether a kernel of ours may do what follows a convolution: on a GPU that Triton supports."""
+    if finish is None or type(x) is not Tensor or not x.is_cuda:
         return False
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype == torch.float64 or is_transformed():
+    return _can_finish(x, conv, norm) and backend_on(x.device) == "triton"
+
+
+def _can_finish(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
+    """Whether the kernel would compute what the layers do, and nobody records or looks on."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return False
-    if any(y is not None and y.device != x.device for y in (conv.bias, norm and norm.running_mean)):
+    if is_transformed() or has_modes() or x.ndim != 4 or x.numel() == 0 or x.dtype == torch.float64:
         return False
-    is_watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-    return not is_watched and x.numel() > 0 and backend_on(x.device) == "triton"
+    if not (_is_plain_conv(conv) if norm is None else _can_fold(conv, norm)):
+        return False
+    vectors = [conv.bias]
+    if norm is not None:
+        vectors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
+    usual = (x.device, conv.weight.shape[:1], (1,))  # it reads them as if they were dense
+    return all(y is None or (y.device, y.shape, y.stride()) == usual for y in vectors)
 
 
 def _convolve_and_finish(
@@ -374,7 +384,8 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
 
     Only where nothing but the time tells the two apart.
     """
-    fits = x.is_cpu and _is_plain(layer, nn.Linear) and (activation is None or _is_gelu(activation))
+    fits = type(x) is Tensor and x.is_cpu and _is_plain(layer, nn.Linear)
+    fits = fits and (activation is None or _is_gelu(activation))
     if fits and _onednn_takes(x, layer):
         (weight, bias), dtype, is_faster = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
         if dtype != x.dtype:
@@ -440,11 +451,7 @@ def _may_replace(x: Tensor, layer: nn.Module) -> bool:
         return False
     if torch.is_autocast_enabled("cpu") or is_transformed():
         return False
-    # modes that count, for one
-    return not torch._C._len_torch_dispatch_stack() and (
-        not torch._C._len_torch_function_stack()
-        or all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())  # a default
-    )
+    return not has_modes()  # that count operators, for one
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

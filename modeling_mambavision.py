@@ -80,16 +80,16 @@ class PatchEmbed(nn.Module):
             raise TypeError(f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}")
         if not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be normalised, floating-point images, got {pixel_values.dtype}")
-        first = next(self.conv_down.children(), None)
-        channels = getattr(first, "in_channels", None)  # code may put another module there
+        first = [*self.conv_down.children()][:1]
+        channels = getattr(first[0], "in_channels", None) if first else None  # code may put another module there
         if pixel_values.ndim != 4 or (channels is not None and pixel_values.shape[1] != channels):
             expected = f"(batch, {channels or 'channels'}, height, width)"
             raise ValueError(f"pixel_values must have shape {expected}, got {tuple(pixel_values.shape)}")
         if pixel_values.shape[2] == 0 or pixel_values.shape[3] == 0:
             raise ValueError(f"pixel_values must have sides of at least 1 pixel, got {tuple(pixel_values.shape)}")
-        weights = (getattr(module, "weight", None) for module in self.conv_down.modules())
-        dtypes = (x.dtype for x in weights if isinstance(x, Tensor) and x.is_floating_point())
-        return pixel_values.to(next(dtypes, pixel_values.dtype))
+        weights = [getattr(module, "weight", None) for module in self.conv_down.modules()]
+        dtypes = [x.dtype for x in weights if isinstance(x, Tensor) and x.is_floating_point()]
+        return pixel_values.to(dtypes[0] if dtypes else pixel_values.dtype)
 
 
 class Downsample(nn.Module):
@@ -324,7 +324,7 @@ class TokenStage(nn.Module):
             else:
                 x = block(x)
         x = x.reshape(B, rows, columns, side, side, C).transpose(2, 3).reshape(B, rows * side, columns * side, C)
-        x = x[:, :H, :W].permute(0, 3, 1, 2)
+        x = x.narrow(1, 0, H).narrow(2, 0, W).permute(0, 3, 1, 2)  # slices would have unknown sizes in torch 2.11
         return (x if self.downsample is None else self.downsample(_plain_if_small(x, self.downsample))), x
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 
 def define(
@@ -18,8 +19,8 @@ def define(
     """`function` as an operator of torch.library, called as such only where somebody looks on.
 
     Through torch's dispatcher an operator in Python takes 15 us more, and 200 us with its gradients, which is longer
-    than what it computes takes on a GPU. So where nobody compiles, traces or watches, it is called directly, or as an
-    autograd.Function.
+    than what it computes takes on a GPU. So where nobody compiles, traces, transforms or watches, it is called
+    directly, or as an autograd.Function.
 
     Args:
         module: `__name__` of the module that defines it. A part of the operator's name, for transformers loads each
@@ -65,7 +66,23 @@ def needs_gradient(*args) -> bool:
 
 
 def _is_watched(args: tuple) -> bool:
-    """Whether somebody makes a graph, or is told of every operator."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    """Whether somebody makes a graph, transforms, or is told of every operator."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_modes():
         return True
-    return any(isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta) for x in args)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(isinstance(x, Tensor) and not _is_plain(x) for x in args)
+
+
+def has_modes() -> bool:
+    """Whether modes are told of operators, other than the one that sets a default device."""
+    return bool(torch._C._len_torch_dispatch_stack()) or (
+        bool(torch._C._len_torch_function_stack())
+        and any(type(mode) is not DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor is torch's own, holds numbers, and is no batch of gradients (`is_grads_batched`)."""
+    is_own = type(x) in (Tensor, torch.nn.Parameter)
+    return is_own and not x.is_meta and not torch._C._functorch.is_legacy_batchedtensor(x)

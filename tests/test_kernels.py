@@ -22,12 +22,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, copy_code, run_python, skip_where_tritons_interpreter_is_broken
 from repository.selective_scan import selective_scan_reference
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.dynamic_module_utils import get_imports
 
 
 triton = pytest.importorskip("triton", minversion="3.3", reason="torch comes without triton on this platform")
 
-from repository import fusion_triton  # noqa: E402
+from repository import fusion_mambavision, fusion_triton  # noqa: E402
 from repository import selective_scan_triton as kernels  # noqa: E402
 
 
@@ -328,6 +329,45 @@ class TestInterpreted:
         for dtype, parts in itertools.product((torch.float32, torch.bfloat16), ("both", "norm", "offset")):
             check_finish((2, width, 23, 13), dtype, activation, parts)
 
+    @torch.no_grad()
+    def test_what_is_no_number_stays_so(self):
+        x = torch.full((1, 16, 2, 2), torch.nan).contiguous(memory_format=torch.channels_last)
+        for activation in ACTIVATIONS:
+            assert fusion_triton.finish(x.clone(), torch.ones(16), None, activation).isnan().all()
+
+    @torch.no_grad()
+    def test_layers_are_computed_by_it(self, monkeypatch):
+        """As on a GPU: whatever may follow a convolution, in the model and in a fused copy."""
+        calls = []
+        monkeypatch.setattr(fusion_mambavision, "_may_finish", fusion_mambavision._can_finish)
+        monkeypatch.setattr(
+            fusion_mambavision, "finish", lambda *args: (calls.append(args[3]), fusion_triton.finish(*args))[1]
+        )
+        hooked = nn.GELU()
+        hooked.register_forward_hook(lambda module, args, output: output + 1)
+        names = {nn.ReLU(): "relu", nn.GELU(): "gelu", nn.GELU("tanh"): "gelu_tanh", None: "none"}
+        names |= {hooked: "none", nn.ReLU6(): "none", nn.Identity(): "none"}
+        for (activation, name), bias, groups in itertools.product(names.items(), (True, False), (1, 2)):
+            conv, norm = nn.Conv2d(4, 6, 3, 2, 1, groups=groups, bias=bias), nn.BatchNorm2d(6).eval()
+            for tensor in (norm.running_mean, norm.weight, norm.bias):
+                tensor.normal_()
+            x = torch.randn(2, 4, 7, 5)
+            follow = activation or nn.Identity()
+            calls.clear()
+            y = fusion_mambavision.convolution(x, conv, norm, activation)
+            torch.testing.assert_close(y, follow(norm(conv(x))), rtol=1e-4, atol=1e-5)
+            fused = fusion_mambavision.FusedConv2d(conv, activation)(x)
+            torch.testing.assert_close(fused, follow(conv(x)), rtol=1e-4, atol=1e-5)
+            assert calls == [name] * (2 if bias or name != "none" else 1)
+            norm.bias = None
+            y = fusion_mambavision.convolution(x, conv, norm, activation)
+            torch.testing.assert_close(y, follow(norm(conv(x))), rtol=1e-4, atol=1e-5)
+
+    def test_a_trace_keeps_the_operator(self):
+        x, weight = torch.randn(2, 5, 4), torch.randn(4, 1, 3)
+        traced = torch.jit.trace(kernels.convolve, (x, weight))
+        torch.testing.assert_close(traced(x + 1, weight), kernels.convolve(x + 1, weight))
+
     def test_second_derivatives_are_refused(self):
         _, inputs = make(1, 3, 4, torch.float32)
         for y in (kernels.scan(*inputs[:7]), kernels.convolve(*inputs[7:])):
@@ -390,6 +430,39 @@ class TestChoice:
 
     def test_does_not_run_on_the_cpu(self):
         assert not kernels.runs_on(torch.device("cpu"))
+
+
+@torch.no_grad()
+def test_what_follows_a_convolution_in_the_ordinary_way():
+    """What the kernel would read wrongly, and where somebody records or looks on."""
+    can = fusion_mambavision._can_finish
+    x, conv, norm = torch.randn(2, 4, 7, 5), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6).eval()
+    assert can(x, conv, norm) and can(x, conv, None)
+    assert not can(x[0], conv, None) and not can(x[:0], conv, norm) and not can(x.double(), conv, norm)
+    assert not can(x, conv, nn.BatchNorm2d(3).eval()) and not can(x, conv, nn.BatchNorm2d(6))
+    assert not can(x, nn.Conv2d(4, 6, 3, padding="same"), norm)
+    with torch.enable_grad():
+        assert not can(x, conv, norm)
+    with FlopCounterMode(display=False):
+        assert not can(x, conv, norm)
+    with torch.device("cpu"):
+        assert can(x, conv, norm)
+    torch.func.vmap(lambda x: [x, can(x, conv, norm) and pytest.fail("transformed")][0])(x[None])
+    sparse, single = torch.randn(12)[::2], torch.randn(1).expand(6)
+    for vector in (sparse, single, torch.randn(6, device="meta")):
+        for module, name in (
+            (conv, "bias"),
+            (norm, "running_mean"),
+            (norm, "running_var"),
+            (norm, "weight"),
+            (norm, "bias"),
+        ):
+            kept = getattr(module, name)
+            value = nn.Parameter(vector) if isinstance(kept, nn.Parameter) else vector
+            setattr(module, name, value)
+            assert not can(x, conv, norm)
+            setattr(module, name, kept)
+    assert can(x, conv, norm)
 
 
 def test_alignment():

@@ -518,6 +518,15 @@ def test_any_activation_follows_a_convolution(activation):
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_blocks_are_traced_symbolically(classifier):
+    """By torch.fx, which gives them proxies in the place of tensors."""
+    for block, x in (
+        (classifier.model.levels[0].blocks[0], torch.randn(1, 16, 8, 8)),
+        (classifier.model.levels[2].blocks[0].mlp, torch.randn(1, 4, 64)),
+    ):
+        torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), block(x))
+
+
 @torch.no_grad()
 def test_norms_behind_large_maps_alone_are_folded():
     conv, norm = nn.Conv2d(160, 160, 3, padding=1), nn.BatchNorm2d(160).eval()  # T's second stage

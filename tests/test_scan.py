@@ -194,6 +194,7 @@ def test_whoever_looks_on_sees_one_operator():
     subclass = type("Own", (torch.Tensor,), {})
     for inputs, mode, is_seen in (
         (plain, nullcontext(), False),
+        (plain, torch.device("cpu"), False),  # a default, which is a mode too
         (plain, Watching(), True),
         (plain, PassingOn(), True),
         *(([*plain[:i], plain[i].as_subclass(subclass), *plain[i + 1 :]], nullcontext(), True) for i in range(7)),
@@ -211,6 +212,30 @@ def test_whoever_looks_on_sees_one_operator():
         y = selective_scan(*on_meta)
     assert y.shape == plain[0].shape and y.is_meta
     assert not any(event.key == "aten::exp2_" for event in profile.key_averages())  # shapes alone
+
+
+def test_gradients_in_batches():
+    """Many gradients of one scan that was recorded before, in each way in which torch computes them at once."""
+    inputs = [x.requires_grad_() for x in random_inputs(2, 9, 4)]
+    y = selective_scan(*inputs)
+    weights = torch.randn(3, *y.shape, dtype=y.dtype)
+    expected = [torch.autograd.grad(y, inputs, weight, retain_graph=True) for weight in weights]
+
+    def gradients(weight):
+        return torch.autograd.grad(y, inputs, weight, retain_graph=True)
+
+    legacy = torch.autograd.grad(y, inputs, weights, retain_graph=True, is_grads_batched=True)
+    for batched in (legacy, torch.vmap(gradients)(weights)):
+        for value, single in zip(batched, zip(*expected, strict=True), strict=True):
+            torch.testing.assert_close(value, torch.stack(single))
+    u, *others = (x.detach() for x in random_inputs(1, 3, 2))
+    results = [torch.autograd.functional.jacobian(lambda u: selective_scan(u, *others), u, vectorize=x) for x in (0, 1)]
+    torch.testing.assert_close(*results)
+    results = [
+        torch.autograd.functional.hessian(lambda u: selective_scan(u, *others).square().sum(), u, vectorize=x)
+        for x in (False, True)
+    ]
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("form", FORMS)
