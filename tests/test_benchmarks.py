@@ -336,6 +336,17 @@ def test_scan_contenders_have_the_reference_outputs_and_gradients(length, monkey
             assert error < 1e-5, name
 
 
+def test_compiled_contenders_are_known_by_their_suffix(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode: modes.append(mode) or model)
+    models = SimpleNamespace(built={}, _build=lambda name, dtype: name)
+    models.get = partial(throughput.Models.get, models)
+    for name in ("ours-fused", "ours-fused-compiled", "ours-fused-graphs"):
+        assert throughput.eager_name(name) == "ours-fused"
+        assert models.get(name, "bf16", training=False) == "ours-fused"
+    assert modes == ["default", "reduce-overhead"]
+
+
 def test_the_commit_tells_of_changes_but_not_of_new_results(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setenv("COMMIT", "of a copy")
