@@ -19,6 +19,8 @@ from .modeling_mambavision import MambaVisionBackbone
 
 
 with suppress(ImportError):  # named here for transformers 4, which takes along only what this very file imports
+    from .fusion_triton import finish  # noqa: F401
+    from .operators import define  # noqa: F401
     from .selective_scan import selective_scan  # noqa: F401
     from .selective_scan_triton import scan  # noqa: F401
     from .winograd import winograd_convolution  # noqa: F401
