@@ -577,7 +577,7 @@ def _compute_dtype(u: Tensor) -> torch.dtype:
 
 def is_traced_for_export() -> bool:
     """Whether what runs now becomes a graph for elsewhere: of standard operators, free in the batch and the image."""
-    # not `is_exporting()`, which torch.compile takes for true up to torch 2.11; torch 2.7 has neither
+    # not `is_exporting()`, which torch.compile takes for true up to torch 2.11; the oldest have neither
     return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
 
 
