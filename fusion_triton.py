@@ -1,7 +1,7 @@
 """What follows a convolution, in one pass over its result: a Triton kernel for inference on CUDA and ROCm devices.
 
 cuDNN writes the bare convolution. Its bias, BatchNorm and the activation, which torch takes one after the other, are
-bound by memory: four passes over a map become one.
+bound by memory: three passes over a map become one.
 """
 
 import torch.nn as nn
@@ -24,25 +24,24 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 def finish(x: Tensor, offset: Tensor | None, norm: nn.BatchNorm2d | None, activation: str) -> Tensor:
     """activation(norm(x + offset)) of a map (B, C, H, W) in channels_last layout, in its place.
 
+    Nothing is checked. The arithmetic is float32, rounded once to x's dtype, which is that or half precision.
+
     Args:
-        offset: (C,), of the convolution.
-        norm: in evaluation mode, with weights.
+        offset: (C,), of the convolution; dense, as all vectors here.
+        norm: in evaluation mode, with weights (C,).
         activation: "none", "relu", "gelu" or "gelu_tanh".
     """
     width = x.shape[1]
     pixels = x.numel() // width
-    # of channels: no lane idle where that can be
-    block = next((size for size in (64, 32, 16) if width % size == 0), 32)
-    rows = _ELEMENTS // block
+    tile = _tile(width)
     mean, variance, weight, bias, eps = x, x, x, None, 0.0
     if norm is not None:
         mean, variance, weight, bias, eps = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
     with on_device(x.device):
-        _finish_kernel[(-(-pixels // rows),)](
+        _finish_kernel[(-(-pixels // tile["ROWS"]),)](
             *(x, x if offset is None else offset, mean, variance, weight, x if bias is None else bias, eps, pixels),
             WIDTH=width,
-            ROWS=rows,
-            BLOCK=block,
+            **tile,
             HAS_OFFSET=offset is not None,
             HAS_NORM=norm is not None,
             HAS_BIAS=bias is not None,
@@ -50,6 +49,12 @@ def finish(x: Tensor, offset: Tensor | None, norm: nn.BatchNorm2d | None, activa
             **_OPTIONS,
         )
     return x
+
+
+def _tile(width: int) -> dict[str, int]:
+    """Pixels of a program, and of its channels as many as it takes at a time: no lane idle where that can be."""
+    block = next((size for size in (64, 32, 16) if width % size == 0), 32)
+    return {"ROWS": _ELEMENTS // block, "BLOCK": block}
 
 
 @triton.jit(do_not_specialize=["pixels"])

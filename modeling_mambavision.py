@@ -80,16 +80,18 @@ class PatchEmbed(nn.Module):
             raise TypeError(f"pixel_values must be a torch.Tensor, got {type(pixel_values).__name__}")
         if not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values must be normalised, floating-point images, got {pixel_values.dtype}")
-        first = [*self.conv_down.children()][:1]
-        channels = getattr(first[0], "in_channels", None) if first else None  # code may put another module there
+        layers = [*self.conv_down.children()]
+        channels = getattr(layers[0], "in_channels", None) if layers else None  # code may put another module there
         if pixel_values.ndim != 4 or (channels is not None and pixel_values.shape[1] != channels):
             expected = f"(batch, {channels or 'channels'}, height, width)"
             raise ValueError(f"pixel_values must have shape {expected}, got {tuple(pixel_values.shape)}")
         if pixel_values.shape[2] == 0 or pixel_values.shape[3] == 0:
             raise ValueError(f"pixel_values must have sides of at least 1 pixel, got {tuple(pixel_values.shape)}")
-        weights = [getattr(module, "weight", None) for module in self.conv_down.modules()]
-        dtypes = [x.dtype for x in weights if isinstance(x, Tensor) and x.is_floating_point()]
-        return pixel_values.to(dtypes[0] if dtypes else pixel_values.dtype)
+        for module in self.conv_down.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                return pixel_values.to(weight.dtype)
+        return pixel_values
 
 
 class Downsample(nn.Module):

@@ -126,7 +126,7 @@ def _softplus(x):
     if EXACT:
         s = e / (2.0 + e)  # log(1 + e) = 2 atanh(s), and s <= 1/3
     else:
-        root = tl.rsqrt(2.0 + e)  # a fifth of a division's instructions
+        root = tl.rsqrt(2.0 + e)  # fewer instructions than a division
         s = e * root * root
     square = s * s
     series = tl.full(x.shape, 1.0 / (2 * TERMS - 1), x.dtype)
@@ -769,7 +769,7 @@ def _run_convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[T
 
 def _fake_forward(u, dt, A, B, C, D, dt_bias, z, weight, save_states):
     batch, length, channels = u.shape
-    intervals = -(-length // _INTERVAL) if save_states else 0
+    intervals = _cdiv(length, _INTERVAL) if save_states else 0
     starts = u.new_empty(batch, intervals, A.shape[1], channels, dtype=_compute_dtype(u))
     return u.new_empty(batch, length, channels + (0 if z is None else z.shape[2])), starts
 

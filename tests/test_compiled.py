@@ -49,3 +49,13 @@ def test_features_are_captured_as_one_graph(shallow_classifier):
             expected_pooled, expected_maps = model(pixel_values)
         torch.testing.assert_close(pooled, expected_pooled, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(maps, expected_maps, rtol=1e-4, atol=1e-5)
+
+
+def test_the_scan_stays_one_operator(shallow_classifier):
+    """The form that exports get, which makes graphs of a hundred operators, would be several times slower."""
+    graphs, pixel_values = [], image((1, 3, 64, 64))
+    compiled = torch.compile(shallow_classifier, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(pixel_values).logits, shallow_classifier(pixel_values).logits)
+    scans = [node for node in graphs[0].graph.nodes if "blocked_scan" in str(node.target)]
+    assert len(scans) == 2  # the first block of both stages of tokens

@@ -477,8 +477,9 @@ def test_alignment():
 class TestLoading:
     __test__ = not INTERPRETED
 
-    def test_remote_code_requires_torch_alone(self):
-        assert set(get_imports(ROOT / "selective_scan_triton.py")) <= {"torch", *sys.stdlib_module_names}
+    @pytest.mark.parametrize("name", ["selective_scan_triton", "fusion_triton", "operators"])
+    def test_remote_code_requires_torch_alone(self, name):
+        assert set(get_imports(ROOT / f"{name}.py")) <= {"torch", *sys.stdlib_module_names}
 
     @pytest.mark.parametrize("version", [None, "3.2.0"])
     def test_without_a_triton_that_serves(self, tmp_path, version):
@@ -530,8 +531,8 @@ VARIANTS = [
     ("_convolve_kernel", {name: kernels._TILE[name] for name in ("STEPS", "BLOCK")}),
     ("_convolve_backward_kernel", {name: kernels._BACKWARD_TILE[name] for name in ("STEPS", "BLOCK")}),
     *(
-        ("_finish_kernel", {**FINISH, "WIDTH": width, "BLOCK": block, "ROWS": 4096 // block, "ACTIVATION": activation})
-        for (width, block), activation in itertools.product(((80, 16), (160, 32), (196, 32)), ACTIVATIONS)
+        ("_finish_kernel", {**FINISH, "WIDTH": width, **fusion_triton._tile(width), "ACTIVATION": activation})
+        for width, activation in itertools.product((80, 160, 196), ACTIVATIONS)
     ),
 ]
 
@@ -661,6 +662,13 @@ class TestOnGpu:
         compiled = torch.compile(loss, fullgraph=True)
         for ours, theirs in zip(torch.autograd.grad(compiled(*inputs), leaves), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+    def test_maps_of_more_than_32_bits_of_elements(self):
+        shape = (1, 16, 2**14, 2**13 + 1)
+        x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last).zero_()
+        assert x.numel() > 2**31
+        y = fusion_triton.finish(x, torch.ones(16, device="cuda"), None, "none")
+        assert y.min() == y.max() == 1
 
     def test_more_than_32_bits_of_elements(self):
         if torch.cuda.get_device_properties(0).total_memory < 70e9:
