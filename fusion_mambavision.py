@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import has_modes
+from .operators import has_modes, is_traced
 from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
@@ -185,11 +185,15 @@ class _Fused(nn.Module):
 
     def __init__(self, layer: nn.Module, activation: nn.Module | None = None):
         super().__init__()
-        self.layer, self.activation, self.packed = layer, activation, {}
+        self.register_module("layer", layer)
+        self.register_module("activation", activation)
+        self.packed = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._can_fuse(x):
-            return self.layer(x) if self.activation is None else self.activation(self.layer(x))
+        if is_traced() or not self._can_fuse(x):
+            # not as attributes: how __getattr__ finds them would become questions too
+            layer, activation = self._modules["layer"], self._modules["activation"]
+            return layer(x) if activation is None else activation(layer(x))
         y, bias = _to(_precision(x, self.layer, is_prepared=True), x, self.layer.bias)
         return self._compute(y, bias).to(x.dtype)
 
@@ -228,7 +232,7 @@ class FusedConv2d(_Fused):
         super().__init__(layer.to(memory_format=torch.channels_last), activation)  # or each call copies the weights
 
     def forward(self, x: Tensor) -> Tensor:
-        if _may_finish(x, self.layer, None):
+        if not is_traced() and _may_finish(x, self.layer, None):
             return _convolve_and_finish(x, self.layer, None, self.activation)
         return super().forward(x)
 
@@ -259,9 +263,9 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
 
     Only where nothing but the time tells the two apart.
     """
-    if norm is not None and _may_finish(x, conv, norm):
+    if norm is not None and not is_traced() and _may_finish(x, conv, norm):
         return _convolve_and_finish(x, conv, norm, activation)
-    if not _is_worth_folding(x, conv, norm):
+    if is_traced() or not _is_worth_folding(x, conv, norm):
         x = conv(x) if norm is None else norm(conv(x))
         return x if activation is None else activation(x)
     dtype = _precision(x, conv)
@@ -290,9 +294,9 @@ def _may_finish(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
 
 def _can_finish(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
     """Whether the kernel would compute what the layers do, and nobody records or looks on."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+    if is_traced() or torch.is_grad_enabled() or is_transformed() or has_modes():
         return False
-    if is_transformed() or has_modes() or x.ndim != 4 or x.numel() == 0 or x.dtype == torch.float64:
+    if x.ndim != 4 or x.numel() == 0 or x.dtype == torch.float64:
         return False
     if not (_is_plain_conv(conv) if norm is None else _can_fold(conv, norm)):
         return False
@@ -384,7 +388,7 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> 
 
     Only where nothing but the time tells the two apart.
     """
-    fits = type(x) is Tensor and x.is_cpu and _is_plain(layer, nn.Linear)
+    fits = not is_traced() and type(x) is Tensor and x.is_cpu and _is_plain(layer, nn.Linear)
     fits = fits and (activation is None or _is_gelu(activation))
     if fits and _onednn_takes(x, layer):
         (weight, bias), dtype, is_faster = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
@@ -438,7 +442,7 @@ def _may_replace(x: Tensor, layer: nn.Module) -> bool:
 
     Ask this before anything about sizes: while a graph is made, a question about sizes would fix them in it.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor or x.numel() == 0:
+    if is_traced() or type(x) is not Tensor or x.numel() == 0:
         return False
     weight, bias = _parameters(layer)
     is_recorded = torch.is_grad_enabled()

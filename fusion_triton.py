@@ -7,7 +7,7 @@ bound by memory: three passes over a map become one.
 import torch.nn as nn
 from torch import Tensor
 
-from .selective_scan_triton import on_device  # says what is missing where there is no Triton
+from .selective_scan_triton import launch, on_device  # says what is missing where there is no Triton
 
 
 try:  # inside `try`, or transformers' loader of remote code would demand it of everyone
@@ -38,8 +38,11 @@ def finish(x: Tensor, offset: Tensor | None, norm: nn.BatchNorm2d | None, activa
     if norm is not None:
         mean, variance, weight, bias, eps = norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps
     with on_device(x.device):
-        _finish_kernel[(-(-pixels // tile["ROWS"]),)](
-            *(x, x if offset is None else offset, mean, variance, weight, x if bias is None else bias, eps, pixels),
+        launch(
+            _finish_kernel,
+            -(-pixels // tile["ROWS"]),
+            (x, x if offset is None else offset, mean, variance, weight, x if bias is None else bias),
+            (eps, pixels),
             WIDTH=width,
             **tile,
             HAS_OFFSET=offset is not None,

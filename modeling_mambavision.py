@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
 from .fusion_mambavision import convolution, fused_copy, is_untouched, linear
+from .operators import is_traced
 from .selective_scan import (
     backend_on,
     is_traced_for_export,
@@ -35,7 +36,6 @@ from .selective_scan import (
 
 with suppress(ImportError):  # named for transformers 4, which takes along what this file itself imports
     from .fusion_triton import finish  # noqa: F401
-    from .operators import define  # noqa: F401
     from .selective_scan_triton import scan  # noqa: F401
     from .winograd import winograd_convolution  # noqa: F401
 
@@ -335,7 +335,7 @@ def _plain_if_small(x: Tensor, layer: nn.Module) -> Tensor:
 
     For a map in channels_last, a CPU would bring the weights into that layout at every call.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if x.device.type != "cpu" or is_traced():
         return x
     weight = next(layer.parameters(), None)
     copies = weight is not None and weight.is_contiguous() and x.numel() < weight.numel()

@@ -65,9 +65,14 @@ def needs_gradient(*args) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 
 
+def is_traced() -> bool:
+    """Whether what runs now becomes a graph. What is asked of a layer then, torch.compile asks again at every call."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def _is_watched(args: tuple) -> bool:
     """Whether somebody makes a graph, transforms, or is told of every operator."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_modes():
+    if is_traced() or has_modes():
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True

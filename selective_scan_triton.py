@@ -651,10 +651,11 @@ def _forward(
     block, blocks, chunk, chunks = division
     with on_device(u.device):
         ends = _chunk_ends(u, dt, A, B, dt_bias, division, backward=False) if chunks > 1 else (starts, starts)
-        _scan_kernel[(batch * chunks * blocks,)](
-            *(u, dt, A, B, C, D, dt_bias, out, starts, *ends),
-            *_strides(u, dt, B, C, out),
-            *(length, channels, chunk, chunks, blocks),
+        launch(
+            _scan_kernel,
+            batch * chunks * blocks,
+            (u, dt, A, B, C, D, dt_bias, out, starts, *ends),
+            (*_strides(u, dt, B, C, out), length, channels, chunk, chunks, blocks),
             STATES=states,
             BLOCK=block,
             STEPS=_STEPS,
@@ -689,10 +690,11 @@ def _backward(
     unit = 1 if channels % 2 else 2
     with on_device(u.device):
         ends = _chunk_ends(grad_y, dt, A, C, dt_bias, division, backward=True) if chunks > 1 else (starts, starts)
-        _scan_backward_kernel[(batch * chunks * blocks,)](
-            *(grad_y, u, dt, A, B, C, D, dt_bias, starts, *ends, grad_u, grad_dt, grad_weights, grad_parameters),
-            *_strides(grad_y, u, dt, B, C),
-            *(batch, length, channels // unit, chunk, chunks, blocks),
+        launch(
+            _scan_backward_kernel,
+            batch * chunks * blocks,
+            (grad_y, u, dt, A, B, C, D, dt_bias, starts, *ends, grad_u, grad_dt, grad_weights, grad_parameters),
+            (*_strides(grad_y, u, dt, B, C), batch, length, channels // unit, chunk, chunks, blocks),
             STATES=states,
             BLOCK=block,
             STEPS=_STEPS,
@@ -715,10 +717,11 @@ def _chunk_ends(
     dtype = _compute_dtype(x)
     ends = x.new_empty(batch, chunks, states, channels, dtype=dtype)
     totals = x.new_empty(batch, chunks, channels, dtype=dtype)
-    _chunk_ends_kernel[(batch * (chunks - 1) * blocks,)](
-        *(x, dt, A, W, dt_bias, ends, totals),
-        *_strides(x, dt, W),
-        *(length, channels, chunk, chunks, blocks),
+    launch(
+        _chunk_ends_kernel,
+        batch * (chunks - 1) * blocks,
+        (x, dt, A, W, dt_bias, ends, totals),
+        (*_strides(x, dt, W), length, channels, chunk, chunks, blocks),
         STATES=states,
         BLOCK=block,
         STEPS=_INTERVAL,
@@ -743,9 +746,9 @@ def _run_convolve(x: Tensor, weight: Tensor, y: Tensor) -> None:
     x, weight = _rows(x), weight.contiguous()
     programs = batch * _cdiv(length, _TILE["STEPS"]) * _cdiv(width, _TILE["BLOCK"])
     with on_device(x.device):
-        _convolve_kernel[(programs,)](
-            *(x, weight, y, *_strides(x, y), length, width), COMPUTE=_triton_dtype(_compute_dtype(x)), **_TILE
-        )
+        numbers = (*_strides(x, y), length, width)
+        compute = _triton_dtype(_compute_dtype(x))
+        launch(_convolve_kernel, programs, (x, weight, y), numbers, COMPUTE=compute, **_TILE)
 
 
 def _run_convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -759,8 +762,11 @@ def _run_convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[T
     tiles = batch * _cdiv(length, _BACKWARD_TILE["STEPS"])
     grad_weight = x.new_empty(tiles, 3, width, dtype=dtype)
     with on_device(x.device):
-        _convolve_backward_kernel[(tiles * _cdiv(width, _BACKWARD_TILE["BLOCK"]),)](
-            *(grad_y, x, weight, grad_x, grad_weight, *_strides(grad_y, x), length, width),
+        launch(
+            _convolve_backward_kernel,
+            tiles * _cdiv(width, _BACKWARD_TILE["BLOCK"]),
+            (grad_y, x, weight, grad_x, grad_weight),
+            (*_strides(grad_y, x), length, width),
             COMPUTE=_triton_dtype(dtype),
             **_BACKWARD_TILE,
         )
@@ -850,6 +856,38 @@ _convolve_backward = define(__name__, "convolve_backward", _run_convolve_backwar
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+_launched = {}  # kernels that were launched, compiled, and what they were given besides tensors
+_MOST_LAUNCHED = 4096  # each size of an image, and of a batch, adds some
+
+
+def launch(kernel: triton.JITFunction, programs: int, tensors: tuple, numbers: tuple, **constants) -> None:
+    """kernel[(programs,)](*tensors, *numbers, **constants), from the second time on in a third of the time.
+
+    Triton binds and examines every argument at every launch, which takes longer than a small scan. So the compiled
+    kernel is kept by what Triton would see: types, alignment and values.
+    """
+    alignments = [x.data_ptr() % 16 for x in tensors]
+    key = (
+        kernel.fn,
+        tensors[0].device,
+        *[x.dtype for x in tensors],
+        *alignments,
+        *numbers,
+        *constants.values(),
+    )
+    compiled, rest = _launched.get(key, (None, ()))
+    if compiled is not None:
+        compiled[programs, 1, 1](*tensors, *rest)
+        return
+    compiled = kernel[(programs,)](*tensors, *numbers, **constants)
+    if compiled is None or torch.version.hip:  # the interpreter; or Triton looks at the tensors' sizes too
+        return
+    if len(_launched) >= _MOST_LAUNCHED:
+        _launched.clear()
+    given = len(tensors) + len(numbers)
+    _launched[key] = compiled, (*numbers, *[constants[name] for name in kernel.arg_names[given:]])
 
 
 def _cdiv(a: int, b: int) -> int:

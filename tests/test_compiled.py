@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from repository import fusion_mambavision
 from repository.modeling_mambavision import MambaVisionModel, MambaVisionModelForImageClassification
 from weights import filled, image
 
@@ -59,3 +60,15 @@ def test_the_scan_stays_one_operator(shallow_classifier):
         torch.testing.assert_close(compiled(pixel_values).logits, shallow_classifier(pixel_values).logits)
     scans = [node for node in graphs[0].graph.nodes if "blocked_scan" in str(node.target)]
     assert len(scans) == 2  # the first block of both stages of tokens
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_nothing_is_asked_of_the_layers(shallow_classifier, monkeypatch, fuse):
+    """torch.compile would ask it again at every call: some thousand questions, as long as a small GPU kernel each."""
+    model, pixel_values = shallow_classifier.fuse() if fuse else shallow_classifier, image((1, 3, 64, 64))
+    with torch.inference_mode():
+        expected = model(pixel_values).logits
+        for name in ("_is_plain", "_onednn_takes", "_may_finish"):
+            monkeypatch.delattr(fusion_mambavision, name)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(pixel_values).logits, expected, rtol=1e-3, atol=1e-4)

@@ -29,6 +29,7 @@ from transformers.dynamic_module_utils import get_imports
 triton = pytest.importorskip("triton", minversion="3.3", reason="torch comes without triton on this platform")
 
 from repository import fusion_mambavision, fusion_triton  # noqa: E402
+from repository import selective_scan as scan  # noqa: E402
 from repository import selective_scan_triton as kernels  # noqa: E402
 
 
@@ -323,6 +324,19 @@ class TestInterpreted:
         for ours, theirs in zip(torch.autograd.grad(compiled(*inputs), leaves), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
+    def test_compiled_convolution_is_the_compilers_in_inference(self, monkeypatch):
+        monkeypatch.setenv("MAMBAVISION_SCAN", "triton")
+        _, inputs = make(2, 7, 20, torch.bfloat16)
+        for is_recorded in (False, True):
+            z, weight = (x.detach().requires_grad_(is_recorded) for x in inputs[7:])
+            torch.compiler.reset()
+            graphs = []
+            backend = lambda graph, _, graphs=graphs: graphs.append(graph) or graph  # noqa: E731
+            compiled = torch.compile(scan.silu_convolve, fullgraph=True, backend=backend)
+            value, expected = compiled(z, weight), F.conv1d(z.mT.double(), weight.double(), padding=1, groups=20).mT
+            assert value.dtype == z.dtype and error(value, F.silu(expected)) < TOLERANCE[z.dtype]
+            assert any("mambavision" in str(node.target) for node in graphs[0].graph.nodes) == is_recorded
+
     @pytest.mark.parametrize("width", [20, 32, 80, 196])
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_what_follows_a_convolution(self, width, activation):
@@ -613,6 +627,144 @@ class TestCompiled:
     def test_double_precision_compiles(self):
         for name, constants in (VARIANTS[3], VARIANTS[5], VARIANTS[10]):
             compile_for(90, name, constants, "fp64", exact="fp64")
+
+
+class Launches:
+    """A driver of Triton's for a GPU that is not there: kernels are compiled for it, and their launches noted."""
+
+    class utils:
+        @staticmethod
+        def load_binary(name, binary, *_):
+            # handles of the module and of the function, registers, spills; from Triton 3.4 on, threads
+            loaded = (0, hash((name, binary)), 32, 0, 1024)
+            return loaded if tuple(map(int, triton.__version__.split(".")[:2])) > (3, 3) else loaded[:4]
+
+        @staticmethod
+        def get_device_properties(device):
+            return {"max_shared_mem": 232448}
+
+        @staticmethod
+        def unload_module(module):
+            pass
+
+    devices = itertools.count(99)
+
+    def __init__(self):
+        self.noted = []
+        self.device = next(self.devices)  # by which Triton keeps kernels, and what launches them
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments):
+            given = [(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in arguments]
+            self.noted.append(((x, y, z), function, given))
+
+        return launch
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+class TestLaunched:
+    """A kernel's second launch, which goes past Triton's own, is the same as its first."""
+
+    __test__ = not INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def launches(self, monkeypatch):
+        launches = Launches()
+        driver = triton.runtime.driver
+        monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", launches)
+        monkeypatch.setattr(kernels, "_launched", {})
+        return launches
+
+    @staticmethod
+    def noted_twice(launches, monkeypatch, run):
+        """What two runs launch, the second of which must not ask Triton for a kernel."""
+        noted = []
+        for is_second in (False, True):
+            launches.noted.clear()
+            with monkeypatch.context() as patch:
+                if is_second:
+                    patch.delattr(triton.JITFunction, "run")
+                run()
+            noted.append(list(launches.noted))
+        return noted
+
+    @pytest.mark.parametrize("chunk", [None, 64])
+    def test_scan(self, launches, monkeypatch, chunk):
+        divided(monkeypatch, chunk=chunk)
+        leaves, inputs = make(2, 130, 32, torch.bfloat16)
+        first, second = self.noted_twice(
+            launches, monkeypatch, lambda: torch.autograd.grad(kernels.scan_concat(*inputs).sum(), leaves)
+        )
+        assert first == second and len(first) == (4 if chunk is None else 6)
+
+    def test_scan_with_and_without_gradients(self, launches):
+        _, inputs = make(2, 9, 32, torch.float32)
+        functions = []
+        for needed in (True, False, True, False):
+            launches.noted.clear()
+            with torch.set_grad_enabled(needed):
+                kernels.scan(*inputs[:7])
+            functions += [function for _, function, _ in launches.noted]
+        assert functions[:2] == functions[2:] and functions[0] != functions[1]
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_finish(self, launches, monkeypatch, activation):
+        x = torch.zeros(2, 32, 5, 5).contiguous(memory_format=torch.channels_last)
+        norm = nn.BatchNorm2d(32).eval().requires_grad_(False)
+        for inputs in ((torch.zeros(32), norm), (None, norm), (torch.zeros(32), None)):
+            first, second = self.noted_twice(
+                launches, monkeypatch, lambda inputs=inputs: fusion_triton.finish(x, *inputs, activation)
+            )
+            assert first == second and len(first) == 1
+
+    def test_whatever_triton_distinguishes(self, launches):
+        """Of inputs in all orders, each launches what it would launch alone."""
+        x = torch.zeros(4000)
+
+        def views(offset, batch, length, width, step):
+            size = (batch, length, width)
+            return x[offset:].as_strided(size, (length * step, step, 1)), torch.zeros(width, 1, 3)
+
+        cases = [
+            views(0, 2, 9, 32, 32),
+            views(1, 2, 9, 32, 32),  # no vector loads
+            views(0, 2, 9, 32, 33),  # a step of no power of two
+            views(0, 2, 9, 31, 32),
+            views(0, 2, 9, 1, 32),  # Triton makes a constant of 1
+            (views(0, 2, 9, 32, 32)[0], torch.zeros(32, 1, 3).bfloat16()),
+            tuple(tensor.bfloat16() for tensor in views(0, 2, 9, 32, 32)),
+            tuple(tensor.double() for tensor in views(0, 2, 9, 32, 32)),
+        ]
+        alone = []
+        for case in cases:
+            kernels._launched.clear()
+            launches.noted.clear()
+            kernels.convolve(*case)
+            alone += launches.noted
+        # the second and the third may be the same code, which loads number by number
+        assert len({function for _, function, _ in alone}) >= len(cases) - 1
+        for _ in range(2):
+            launches.noted.clear()
+            for case in cases:
+                kernels.convolve(*case)
+            assert launches.noted == alone
+
+    def test_not_kept_without_end(self, launches, monkeypatch):
+        monkeypatch.setattr(kernels, "_MOST_LAUNCHED", 3)
+        for length in range(1, 9):
+            kernels.convolve(torch.zeros(1, length, 32), torch.zeros(32, 1, 3))
+            assert 1 <= len(kernels._launched) <= 3
+        assert len(launches.noted) == 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
