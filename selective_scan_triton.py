@@ -154,7 +154,17 @@ def _within(index, width, t, last):
 
 
 @triton.jit
-def _load_steps(ptr, stride: tl.constexpr, t, last, STEPS: tl.constexpr, WHOLE: tl.constexpr = False):
+def _widened(x, COMPUTE: tl.constexpr):
+    """x in the precision of the arithmetic."""
+    if x.dtype == tl.bfloat16:  # by its bits, and before a loop carries it: one instruction for each half of a word
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def _load_steps(
+    ptr, stride: tl.constexpr, t, last, STEPS: tl.constexpr, COMPUTE: tl.constexpr, WHOLE: tl.constexpr = False
+):
     """Rows t ... t + STEPS - 1 of a sequence. From `last` on the last row again, unless all are known to exist."""
     rows = ()
     for i in tl.static_range(STEPS):
@@ -162,16 +172,15 @@ def _load_steps(ptr, stride: tl.constexpr, t, last, STEPS: tl.constexpr, WHOLE: 
             row = tl.cast(t, tl.int64) * stride + i * stride
         else:
             row = tl.cast(tl.minimum(t + i, last - 1), tl.int64) * stride
-        rows += (tl.load(ptr + row),)
+        rows += (_widened(tl.load(ptr + row), COMPUTE),)
     return rows
 
 
 @triton.jit
-def _advance(h, u, dt, B, rates, bias, COMPUTE: tl.constexpr):
-    """The state after a step, and u in full precision."""
-    x = u.to(COMPUTE)
-    delta = _softplus(dt.to(COMPUTE) + bias)
-    return tl.exp2(rates * delta[None, :]) * h + B.to(COMPUTE)[:, None] * (delta * x)[None, :], x
+def _advance(h, u, dt, B, rates, bias):
+    """The state after a step."""
+    delta = _softplus(dt + bias)
+    return tl.exp2(rates * delta[None, :]) * h + B[:, None] * (delta * u)[None, :]
 
 
 @triton.jit
@@ -277,46 +286,45 @@ def _scan_kernel(
     B = tl.multiple_of(B + b * B_batch, ALIGN) + n
     C = tl.multiple_of(C + b * C_batch, ALIGN) + n
     y += b * y_batch + t * y_step + d
-    next_u = _load_steps(u, u_step, first, last, STEPS)
-    next_dt = _load_steps(dt, dt_step, first, last, STEPS)
-    next_B = _load_steps(B, B_step, first, last, STEPS)
-    next_C = _load_steps(C, C_step, first, last, STEPS)
+    next_u = _load_steps(u, u_step, first, last, STEPS, COMPUTE)
+    next_dt = _load_steps(dt, dt_step, first, last, STEPS, COMPUTE)
+    next_B = _load_steps(B, B_step, first, last, STEPS, COMPUTE)
+    next_C = _load_steps(C, C_step, first, last, STEPS, COMPUTE)
     whole = first + (last - first) // STEPS * STEPS
     for t in range(first, whole, STEPS):
         # the loads of the next steps travel while these are computed
         these_u, these_dt, these_B, these_C = next_u, next_dt, next_B, next_C
         later = tl.minimum(t + STEPS, whole - STEPS)
-        next_u = _load_steps(u, u_step, later, last, STEPS, WHOLE=True)
-        next_dt = _load_steps(dt, dt_step, later, last, STEPS, WHOLE=True)
-        next_B = _load_steps(B, B_step, later, last, STEPS, WHOLE=True)
-        next_C = _load_steps(C, C_step, later, last, STEPS, WHOLE=True)
+        next_u = _load_steps(u, u_step, later, last, STEPS, COMPUTE, WHOLE=True)
+        next_dt = _load_steps(dt, dt_step, later, last, STEPS, COMPUTE, WHOLE=True)
+        next_B = _load_steps(B, B_step, later, last, STEPS, COMPUTE, WHOLE=True)
+        next_C = _load_steps(C, C_step, later, last, STEPS, COMPUTE, WHOLE=True)
         if SAVE:
             _save_state(starts, h, t, channels, mask, STATES, INTERVAL)
         for i in tl.static_range(STEPS):
-            h, x = _advance(h, these_u[i], these_dt[i], these_B[i], rates, bias, COMPUTE)
-            out = tl.sum(these_C[i].to(COMPUTE)[:, None] * h, 0) + skip * x
+            h = _advance(h, these_u[i], these_dt[i], these_B[i], rates, bias)
+            out = tl.sum(these_C[i][:, None] * h, 0) + skip * these_u[i]
             tl.store(y + i * y_step, out.to(y.dtype.element_ty), mask=mask)
         y += STEPS * y_step
     for t in range(whole, last):
         if SAVE:
             _save_state(starts, h, t, channels, mask, STATES, INTERVAL)
-        (this_u,) = _load_steps(u, u_step, t, last, 1, WHOLE=True)
-        (this_dt,) = _load_steps(dt, dt_step, t, last, 1, WHOLE=True)
-        (this_B,) = _load_steps(B, B_step, t, last, 1, WHOLE=True)
-        (this_C,) = _load_steps(C, C_step, t, last, 1, WHOLE=True)
-        h, x = _advance(h, this_u, this_dt, this_B, rates, bias, COMPUTE)
-        out = tl.sum(this_C.to(COMPUTE)[:, None] * h, 0) + skip * x
+        (this_u,) = _load_steps(u, u_step, t, last, 1, COMPUTE, WHOLE=True)
+        (this_dt,) = _load_steps(dt, dt_step, t, last, 1, COMPUTE, WHOLE=True)
+        (this_B,) = _load_steps(B, B_step, t, last, 1, COMPUTE, WHOLE=True)
+        (this_C,) = _load_steps(C, C_step, t, last, 1, COMPUTE, WHOLE=True)
+        h = _advance(h, this_u, this_dt, this_B, rates, bias)
+        out = tl.sum(this_C[:, None] * h, 0) + skip * this_u
         tl.store(y, out.to(y.dtype.element_ty), mask=mask)
         y += y_step
 
 
 @triton.jit
-def _end_step(h, total, x, dt, W, rates, bias, COMPUTE: tl.constexpr, BACKWARD: tl.constexpr):
+def _end_step(h, total, x, dt, W, rates, bias, BACKWARD: tl.constexpr):
     """One step of a chunk's end, and of its sum of steps."""
-    delta = _softplus(dt.to(COMPUTE) + bias)
+    delta = _softplus(dt + bias)
     decay = tl.exp2(rates * delta[None, :])
-    W = W.to(COMPUTE)[:, None]
-    x = x.to(COMPUTE)
+    W = W[:, None]
     h = decay * (h + W * x[None, :]) if BACKWARD else decay * h + W * (delta * x)[None, :]
     return h, total + delta
 
@@ -372,22 +380,22 @@ def _chunk_ends_kernel(
     whole = first + (last - first) // STEPS * STEPS
     if BACKWARD:  # only the last chunk has other steps
         for j in range(0, last - whole):
-            (this_x,) = _load_steps(x, x_step, last - 1 - j, last, 1, WHOLE=True)
-            (this_dt,) = _load_steps(dt, dt_step, last - 1 - j, last, 1, WHOLE=True)
-            (this_W,) = _load_steps(W, W_step, last - 1 - j, last, 1, WHOLE=True)
-            h, total = _end_step(h, total, this_x, this_dt, this_W, rates, bias, COMPUTE, BACKWARD)
+            (this_x,) = _load_steps(x, x_step, last - 1 - j, last, 1, COMPUTE, WHOLE=True)
+            (this_dt,) = _load_steps(dt, dt_step, last - 1 - j, last, 1, COMPUTE, WHOLE=True)
+            (this_W,) = _load_steps(W, W_step, last - 1 - j, last, 1, COMPUTE, WHOLE=True)
+            h, total = _end_step(h, total, this_x, this_dt, this_W, rates, bias, BACKWARD)
     t = tl.maximum(whole - STEPS, first) if BACKWARD else first
-    next_x = _load_steps(x, x_step, t, last, STEPS)
-    next_dt = _load_steps(dt, dt_step, t, last, STEPS)
-    next_W = _load_steps(W, W_step, t, last, STEPS)
+    next_x = _load_steps(x, x_step, t, last, STEPS, COMPUTE)
+    next_dt = _load_steps(dt, dt_step, t, last, STEPS, COMPUTE)
+    next_W = _load_steps(W, W_step, t, last, STEPS, COMPUTE)
     for j in range(0, whole - first, STEPS):
         these_x, these_dt, these_W = next_x, next_dt, next_W
         later = tl.maximum(whole - 2 * STEPS - j, first) if BACKWARD else tl.minimum(first + STEPS + j, whole - STEPS)
-        next_x = _load_steps(x, x_step, later, last, STEPS, WHOLE=True)
-        next_dt = _load_steps(dt, dt_step, later, last, STEPS, WHOLE=True)
-        next_W = _load_steps(W, W_step, later, last, STEPS, WHOLE=True)
+        next_x = _load_steps(x, x_step, later, last, STEPS, COMPUTE, WHOLE=True)
+        next_dt = _load_steps(dt, dt_step, later, last, STEPS, COMPUTE, WHOLE=True)
+        next_W = _load_steps(W, W_step, later, last, STEPS, COMPUTE, WHOLE=True)
         for i in tl.static_range(STEPS - 1 if BACKWARD else 0, -1 if BACKWARD else STEPS, -1 if BACKWARD else 1):
-            h, total = _end_step(h, total, these_x[i], these_dt[i], these_W[i], rates, bias, COMPUTE, BACKWARD)
+            h, total = _end_step(h, total, these_x[i], these_dt[i], these_W[i], rates, bias, BACKWARD)
     chunk_index = b * chunks + k
     tl.store(ends + (chunk_index * STATES + n[:, None]) * channels + d[None, :], h, mask=mask[None, :])
     tl.store(totals + chunk_index * channels + d, total, mask=mask)
@@ -472,29 +480,29 @@ def _scan_backward_kernel(
     for j in range(0, last - first, STEPS):
         t = first + (last - first - 1) // STEPS * STEPS - j
         offset = tl.cast(t, tl.int64)
-        these_u = _load_steps(u, u_step, t, last, STEPS)
-        these_dt = _load_steps(dt, dt_step, t, last, STEPS)
-        these_grad_y = _load_steps(grad_y, grad_y_step, t, last, STEPS)
-        these_B = _load_steps(B, B_step, t, last, STEPS)
-        these_C = _load_steps(C, C_step, t, last, STEPS)
+        these_u = _load_steps(u, u_step, t, last, STEPS, COMPUTE)
+        these_dt = _load_steps(dt, dt_step, t, last, STEPS, COMPUTE)
+        these_grad_y = _load_steps(grad_y, grad_y_step, t, last, STEPS, COMPUTE)
+        these_B = _load_steps(B, B_step, t, last, STEPS, COMPUTE)
+        these_C = _load_steps(C, C_step, t, last, STEPS, COMPUTE)
         h = tl.load(starts + tl.cast(t // INTERVAL, tl.int64) * STATES * channels, mask=mask[None, :], other=0.0)
         for s in range(t // INTERVAL * INTERVAL, t, STEPS):  # from the saved state to the one before step t
-            earlier_u = _load_steps(u, u_step, s, last, STEPS, WHOLE=True)
-            earlier_dt = _load_steps(dt, dt_step, s, last, STEPS, WHOLE=True)
-            earlier_B = _load_steps(B, B_step, s, last, STEPS, WHOLE=True)
+            earlier_u = _load_steps(u, u_step, s, last, STEPS, COMPUTE, WHOLE=True)
+            earlier_dt = _load_steps(dt, dt_step, s, last, STEPS, COMPUTE, WHOLE=True)
+            earlier_B = _load_steps(B, B_step, s, last, STEPS, COMPUTE, WHOLE=True)
             for i in tl.static_range(STEPS):
-                h, _ = _advance(h, earlier_u[i], earlier_dt[i], earlier_B[i], rates, bias, COMPUTE)
+                h = _advance(h, earlier_u[i], earlier_dt[i], earlier_B[i], rates, bias)
         states = (h,)  # before step t, and after each of the STEPS
         for i in tl.static_range(STEPS):
-            h, _ = _advance(h, these_u[i], these_dt[i], these_B[i], rates, bias, COMPUTE)
+            h = _advance(h, these_u[i], these_dt[i], these_B[i], rates, bias)
             states += (h,)
         for i in tl.static_range(STEPS - 1, -1, -1):
             mask_d, mask_n = _within(d, channels, t + i, last), _within(n, STATES, t + i, last)
-            x = these_u[i].to(COMPUTE)
-            g = tl.where(mask_d, these_grad_y[i].to(COMPUTE), 0.0)
-            B_ = these_B[i].to(COMPUTE)[:, None]
-            C_ = these_C[i].to(COMPUTE)[:, None]
-            step = these_dt[i].to(COMPUTE) + bias
+            x = these_u[i]
+            g = tl.where(mask_d, these_grad_y[i], 0.0)
+            B_ = these_B[i][:, None]
+            C_ = these_C[i][:, None]
+            step = these_dt[i] + bias
             delta = _softplus(step)
             G = C_ * g[None, :] + carry
             grad_delta_x = tl.sum(B_ * G, 0)
