@@ -53,6 +53,9 @@ _SHORTEST_CHUNK = 64
 
 # Triton 3.10 turns the fusing of multiplications and additions off by default; both give correct results.
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+# Told of a limit, ptxas uses all of it to begin loads a whole group of steps ahead; left alone, it may put one right
+# before its use. This many leave room for ten warps on a multiprocessor. AMD's compiler has no such option.
+_WALK_OPTIONS = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": 200}
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -672,7 +675,7 @@ def _forward(
             COMPUTE=_triton_dtype(dtype),
             CHUNKED=chunks > 1,
             SAVE=save_states,
-            **_OPTIONS,
+            **_WALK_OPTIONS,
         )
     if z is not None:
         _run_convolve(z, weight, out[:, :, channels:])
@@ -736,7 +739,7 @@ def _chunk_ends(
         ALIGN=_alignment(W),
         COMPUTE=_triton_dtype(dtype),
         BACKWARD=backward,
-        **_OPTIONS,
+        **_WALK_OPTIONS,
     )
     return ends, totals
 

@@ -571,7 +571,9 @@ def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", ali
     known = (*EXACT, "y", "grad_u", *(("x",) if name == "_finish_kernel" else ()))
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in known}
     source = ASTSource(kernel, signature, constexprs=positions, attrs=aligned)
-    options = fusion_triton._OPTIONS if name == "_finish_kernel" else kernels._OPTIONS
+    walks = name in ("_scan_kernel", "_chunk_ends_kernel")
+    options = kernels._WALK_OPTIONS if walks else kernels._OPTIONS
+    options = fusion_triton._OPTIONS if name == "_finish_kernel" else options
     options = {**options, "num_warps": kernels._TILE["num_warps"]} if "convolve" in name else options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -583,6 +585,31 @@ def resources(compiled, folder):
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run([tool, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
     return tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()))
+
+
+def shortest_wait(compiled, folder):
+    """In the longest loop, how many instructions pass at least between a load and the first that needs its number."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    listing = subprocess.run([tool, "-c", cubin], check=True, capture_output=True, text=True).stdout
+    instructions, labels, loop = [], {}, []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            target = re.search(r"BRA.*(\.L_x_\d+)", instruction[1])
+            if target and len(body := instructions[labels.get(target[1], len(instructions)) :]) > len(loop):
+                loop = body
+    waits = []
+    for place, instruction in enumerate(loop):
+        if load := re.match(r"LDG\.E(\S*) R(\d+),", instruction):
+            size = {".64": 2, ".128": 4}.get(re.sub(r"\.U16|\.CONSTANT", "", load[1]), 1)
+            registers = "|".join(str(int(load[2]) + i) for i in range(size))
+            later = [*loop[place + 1 :], *loop[:place]]
+            waits.append(next(i for i, other in enumerate(later, 1) if re.search(rf"\bR({registers})\b", other)))
+    return min(waits)
 
 
 class TestCompiled:
@@ -602,6 +629,8 @@ class TestCompiled:
             print(f"sm_{arch} {name} {flags} {inputs}: {registers} registers, {stack} bytes spilled")
             assert stack == 0
             assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # their order would change the last digits
+            if name in ("_scan_kernel", "_chunk_ends_kernel"):
+                assert shortest_wait(compiled, tmp_path) > 80  # two warps in turns, and a load from L2 takes 250 cycles
 
     @pytest.mark.parametrize("integers", ["i32", "i64"])
     def test_rows_that_no_vector_load_can_read_and_wide_strides(self, tmp_path, integers):
