@@ -263,7 +263,7 @@ def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: 
 
     Only where nothing but the time tells the two apart.
     """
-    if norm is not None and not is_traced() and _may_finish(x, conv, norm):
+    if norm is not None and _may_finish(x, conv, norm):
         return _convolve_and_finish(x, conv, norm, activation)
     if is_traced() or not _is_worth_folding(x, conv, norm):
         x = conv(x) if norm is None else norm(conv(x))

@@ -879,15 +879,8 @@ def launch(kernel: triton.JITFunction, programs: int, tensors: tuple, numbers: t
     Triton binds and examines every argument at every launch, which takes longer than a small scan. So the compiled
     kernel is kept by what Triton would see: types, alignment and values.
     """
-    alignments = [x.data_ptr() % 16 for x in tensors]
-    key = (
-        kernel.fn,
-        tensors[0].device,
-        *[x.dtype for x in tensors],
-        *alignments,
-        *numbers,
-        *constants.values(),
-    )
+    types, alignments = [x.dtype for x in tensors], [x.data_ptr() % 16 for x in tensors]
+    key = (kernel.fn, tensors[0].device, *types, *alignments, *numbers, *constants.values())
     compiled, rest = _launched.get(key, (None, ()))
     if compiled is not None:
         compiled[programs, 1, 1](*tensors, *rest)
