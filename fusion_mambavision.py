@@ -185,14 +185,12 @@ class _Fused(nn.Module):
 
     def __init__(self, layer: nn.Module, activation: nn.Module | None = None):
         super().__init__()
-        self.register_module("layer", layer)
-        self.register_module("activation", activation)
-        self.packed = {}
+        self.layer, self.activation, self.packed = layer, activation, {}
 
     def forward(self, x: Tensor) -> Tensor:
         if is_traced() or not self._can_fuse(x):
-            # not as attributes: how __getattr__ finds them would become questions too
-            layer, activation = self._modules["layer"], self._modules["activation"]
+            # not as attributes, or torch.compile would ask again for all that __getattr__ does to find them
+            layer, activation = self._modules["layer"], self._modules.get("activation")
             return layer(x) if activation is None else activation(layer(x))
         y, bias = _to(_precision(x, self.layer, is_prepared=True), x, self.layer.bias)
         return self._compute(y, bias).to(x.dtype)
@@ -440,9 +438,9 @@ def _onednn_takes(x: Tensor, layer: nn.Module) -> bool:
 def _may_replace(x: Tensor, layer: nn.Module) -> bool:
     """Whether other operators may compute a layer: on a CPU's plain tensors, with nobody who differentiates or records.
 
-    Ask this before anything about sizes: while a graph is made, a question about sizes would fix them in it.
+    Not asked while a graph is made, in which questions about sizes would fix them.
     """
-    if is_traced() or type(x) is not Tensor or x.numel() == 0:
+    if type(x) is not Tensor or x.numel() == 0:
         return False
     weight, bias = _parameters(layer)
     is_recorded = torch.is_grad_enabled()

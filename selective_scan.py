@@ -513,7 +513,7 @@ def _torch_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tenso
 def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     """As a convolution of images one pixel high: for those, torch has kernels for the layout of x, channels last.
 
-    On a CPU without gradients tap by tap, which takes half the time; in float32, for each tap would be rounded.
+    On a CPU without gradients tap by tap, which takes half the time; in float32 alone, for each tap would be rounded.
     """
     is_on_cpu = x.device.type == "cpu"
     if is_on_cpu and x.dtype in HALVES and x.dtype not in ONEDNN_DTYPES:

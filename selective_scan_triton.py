@@ -54,7 +54,8 @@ _SHORTEST_CHUNK = 64
 # Triton 3.10 turns the fusing of multiplications and additions off by default; both give correct results.
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 # Told of a limit, ptxas uses all of it to begin loads a whole group of steps ahead; left alone, it may put one right
-# before its use. This many leave room for ten warps on a multiprocessor. AMD's compiler has no such option.
+# before its use. So many are enough for 8 states, and leave room for ten warps on a multiprocessor. AMD's compiler has no
+# such option.
 _WALK_OPTIONS = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": 200}
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -877,8 +878,12 @@ def launch(kernel: triton.JITFunction, programs: int, tensors: tuple, numbers: t
     """kernel[(programs,)](*tensors, *numbers, **constants), from the second time on in a third of the time.
 
     Triton binds and examines every argument at every launch, which takes longer than a small scan. So the compiled
-    kernel is kept by what Triton would see: types, alignment and values.
+    kernel is kept by what Triton would see: types, alignment and values. Debugging or instrumentation of Triton's that
+    is switched on later is not seen.
     """
+    if torch.version.hip:  # where Triton looks at the tensors' sizes too
+        kernel[(programs,)](*tensors, *numbers, **constants)
+        return
     types, alignments = [x.dtype for x in tensors], [x.data_ptr() % 16 for x in tensors]
     key = (kernel.fn, tensors[0].device, *types, *alignments, *numbers, *constants.values())
     compiled, rest = _launched.get(key, (None, ()))
@@ -886,7 +891,7 @@ def launch(kernel: triton.JITFunction, programs: int, tensors: tuple, numbers: t
         compiled[programs, 1, 1](*tensors, *rest)
         return
     compiled = kernel[(programs,)](*tensors, *numbers, **constants)
-    if compiled is None or torch.version.hip:  # the interpreter; or Triton looks at the tensors' sizes too
+    if not isinstance(compiled, triton.compiler.CompiledKernel):  # interpreted, or not compiled yet
         return
     if len(_launched) >= _MOST_LAUNCHED:
         _launched.clear()

@@ -42,6 +42,10 @@ def test_program_of_any_batch(classifier, strict):
     assert_exports(classifier, (2, 3, 70, 96), [(1, 3, 70, 96), (5, 3, 70, 96)], dynamic_shapes=shapes, strict=strict)
 
 
+def test_program_of_a_fused_model(classifier):
+    assert_exports(classifier.fuse(), (2, 3, 70, 96), [(2, 3, 70, 96)], strict=False)
+
+
 def test_program_of_any_size_of_several_windows(classifier):
     """Torch takes a side of one window for another case than a side of several."""
     shapes = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)

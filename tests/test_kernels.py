@@ -335,6 +335,8 @@ class TestInterpreted:
             compiled = torch.compile(scan.silu_convolve, fullgraph=True, backend=backend)
             value, expected = compiled(z, weight), F.conv1d(z.mT.double(), weight.double(), padding=1, groups=20).mT
             assert value.dtype == z.dtype and error(value, F.silu(expected)) < TOLERANCE[z.dtype]
+            if not is_recorded:  # rounded once
+                assert (value == F.silu(expected).to(z.dtype)).float().mean() > 0.99
             assert any("mambavision" in str(node.target) for node in graphs[0].graph.nodes) == is_recorded
 
     @pytest.mark.parametrize("width", [20, 32, 80, 196])
@@ -604,7 +606,7 @@ def shortest_wait(compiled, folder):
                 loop = body
     waits = []
     for place, instruction in enumerate(loop):
-        if load := re.match(r"LDG\.E(\S*) R(\d+),", instruction):
+        if load := re.match(r"(?:@!?U?P\d+ )?LDG\.E(\S*) R(\d+),", instruction):
             size = {".64": 2, ".128": 4}.get(re.sub(r"\.U16|\.CONSTANT", "", load[1]), 1)
             registers = "|".join(str(int(load[2]) + i) for i in range(size))
             later = [*loop[place + 1 :], *loop[:place]]
@@ -630,7 +632,8 @@ class TestCompiled:
             assert stack == 0
             assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # their order would change the last digits
             if name in ("_scan_kernel", "_chunk_ends_kernel"):
-                assert shortest_wait(compiled, tmp_path) > 80  # two warps in turns, and a load from L2 takes 250 cycles
+                # for two warps in turns 160 instructions, some of which take two cycles; the L2 cache takes 250 cycles
+                assert shortest_wait(compiled, tmp_path) > 80
 
     @pytest.mark.parametrize("integers", ["i32", "i64"])
     def test_rows_that_no_vector_load_can_read_and_wide_strides(self, tmp_path, integers):
@@ -780,13 +783,18 @@ class TestLaunched:
             launches.noted.clear()
             kernels.convolve(*case)
             alone += launches.noted
-        # the second and the third may be the same code, which loads number by number
+        # two may be the same code, which loads number by number
         assert len({function for _, function, _ in alone}) >= len(cases) - 1
         for _ in range(2):
             launches.noted.clear()
             for case in cases:
                 kernels.convolve(*case)
             assert launches.noted == alone
+
+    def test_not_kept_on_rocm(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+        kernels.convolve(torch.zeros(1, 9, 32), torch.zeros(32, 1, 3))
+        assert not kernels._launched
 
     def test_not_kept_without_end(self, launches, monkeypatch):
         monkeypatch.setattr(kernels, "_MOST_LAUNCHED", 3)

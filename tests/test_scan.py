@@ -289,6 +289,15 @@ def test_convolution_of_recorded_and_of_other_tokens(length):
     assert "aten::conv2d" in {event.key for event in profile.key_averages()}
 
 
+def test_compiled_convolution_is_one_kernel():
+    """In single operators that torch.compile makes one of, for it makes none of updates in place."""
+    graphs, x, weight = [], torch.randn(2, 7, 16), torch.randn(16, 1, 3)
+    backend = lambda graph, _: graphs.append(graph) or graph  # noqa: E731
+    compiled = torch.compile(scan_module.silu_convolve, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x, weight), scan_module.silu_convolve(x, weight))
+    assert not any("addcmul" in str(node.target) for node in graphs[0].graph.nodes)
+
+
 HEAP = """
 import re, sys, types, torch
 if sys.argv[1:]:

@@ -91,6 +91,15 @@ class TestChoice:
         monkeypatch.setenv("MAMBAVISION_SCAN", "")
         assert backend_on(CPU) == "torch"
 
+    def test_triton_is_tried_twice(self, monkeypatch):
+        """A kernel's second launch goes another way than its first."""
+        reasons = iter([None, "the second launch failed"])
+        monkeypatch.setattr(scan_module, "_triton_missing", None)
+        monkeypatch.setattr(scan_module, "_triton_runs_on", lambda device: True, raising=False)
+        monkeypatch.setattr(scan_module, "_triton_scan", None, raising=False)
+        monkeypatch.setattr(scan_module, "_scan_difference", lambda scan, device: next(reasons))
+        assert scan_module._triton_failure(CPU) == "the second launch failed"
+
     def test_what_cannot_run_is_said_once(self, caplog):
         with caplog.at_level(logging.INFO, logger=scan_module.__name__):
             for _ in range(2):
