@@ -54,8 +54,8 @@ _SHORTEST_CHUNK = 64
 # Triton 3.10 turns the fusing of multiplications and additions off by default; both give correct results.
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 # Told of a limit, ptxas uses all of it to begin loads a whole group of steps ahead; left alone, it may put one right
-# before its use. So many are enough for 8 states, and leave room for ten warps on a multiprocessor. AMD's compiler has no
-# such option.
+# before its use. So many registers are enough for 8 states, and leave room for ten warps on a multiprocessor. AMD's
+# compiler has no such option.
 _WALK_OPTIONS = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": 200}
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
