@@ -875,9 +875,9 @@ _MOST_LAUNCHED = 4096  # each size of an image, and of a batch, adds some
 
 
 def launch(kernel: triton.JITFunction, programs: int, tensors: tuple, numbers: tuple, **constants) -> None:
-    """kernel[(programs,)](*tensors, *numbers, **constants), from the second time on in a third of the time.
+    """kernel[(programs,)](*tensors, *numbers, **constants), from the second time on in a third of Triton's own time.
 
-    Triton binds and examines every argument at every launch, which takes longer than a small scan. So the compiled
+    It binds and examines every argument at every launch, which takes longer than a small scan. So the compiled
     kernel is kept by what Triton would see: types, alignment and values. Debugging or instrumentation of Triton's that
     is switched on later is not seen.
     """

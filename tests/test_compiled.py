@@ -64,7 +64,7 @@ def test_the_scan_stays_one_operator(shallow_classifier):
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_nothing_is_asked_of_the_layers(shallow_classifier, monkeypatch, fuse):
-    """torch.compile would ask it again at every call: some thousand questions, as long as a small GPU kernel each."""
+    """torch.compile would ask it again at every call, as a guard: a thousand more of them than the layers need."""
     model, pixel_values = shallow_classifier.fuse() if fuse else shallow_classifier, image((1, 3, 64, 64))
     with torch.inference_mode():
         expected = model(pixel_values).logits
