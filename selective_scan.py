@@ -534,8 +534,9 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _convolve_by_taps(x: Tensor, weight: Tensor) -> Tensor:
-    """In pointwise operators, which torch.compile fuses into one kernel. On a GPU that is launched in less time than ours,
-    which is behind an operator in Python. Rounded once."""
+    """In pointwise operators, rounded once. torch.compile fuses them into one kernel, and launches it on a GPU in less
+    time than ours, which is behind an operator in Python.
+    """
     dtype = _compute_dtype(x)
     before, at, after = weight[:, 0].to(dtype).unbind(1)
     padded, length = F.pad(x.to(dtype), (0, 0, 1, 1)), x.shape[1]
