@@ -54,9 +54,11 @@ _SHORTEST_CHUNK = 64
 # Triton 3.10 turns the fusing of multiplications and additions off by default; both give correct results.
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 # Told of a limit, ptxas uses all of it to begin loads a whole group of steps ahead; left alone, it may put one right
-# before its use. So many registers are enough for 8 states, and leave room for ten warps on a multiprocessor. AMD's
-# compiler has no such option.
-_WALK_OPTIONS = _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": 200}
+# before its use. 168 registers leave room for three warps on each scheduler of a multiprocessor. Of chunks there are at
+# most two for each (see `plan`), which may have all that a warp can. AMD's compiler has no such option.
+_WHOLE_OPTIONS, _CHUNK_OPTIONS = (
+    _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": registers} for registers in (168, 255)
+)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -676,7 +678,7 @@ def _forward(
             COMPUTE=_triton_dtype(dtype),
             CHUNKED=chunks > 1,
             SAVE=save_states,
-            **_WALK_OPTIONS,
+            **(_CHUNK_OPTIONS if chunks > 1 else _WHOLE_OPTIONS),
         )
     if z is not None:
         _run_convolve(z, weight, out[:, :, channels:])
@@ -740,7 +742,7 @@ def _chunk_ends(
         ALIGN=_alignment(W),
         COMPUTE=_triton_dtype(dtype),
         BACKWARD=backward,
-        **_WALK_OPTIONS,
+        **_CHUNK_OPTIONS,
     )
     return ends, totals
 

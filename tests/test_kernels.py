@@ -424,6 +424,7 @@ class TestChoice:
             assert (blocks - 1) * block < channels <= blocks * block
             assert (chunks - 1) * chunk < length <= chunks * chunk
             assert chunks == 1 or chunk % kernels._INTERVAL == 0
+            assert chunks == 1 or batch * blocks * chunks <= 8 * processors  # _CHUNK_OPTIONS count on it
 
     def test_sequences_that_fill_the_device_stay_whole(self):
         assert kernels.plan(128, 196, 160, 132).chunks == 1
@@ -573,9 +574,10 @@ def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", ali
     known = (*EXACT, "y", "grad_u", *(("x",) if name == "_finish_kernel" else ()))
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in known}
     source = ASTSource(kernel, signature, constexprs=positions, attrs=aligned)
-    walks = name in ("_scan_kernel", "_chunk_ends_kernel")
-    options = kernels._WALK_OPTIONS if walks else kernels._OPTIONS
+    options = kernels._CHUNK_OPTIONS if name == "_chunk_ends_kernel" else kernels._OPTIONS
     options = fusion_triton._OPTIONS if name == "_finish_kernel" else options
+    if name == "_scan_kernel":
+        options = kernels._CHUNK_OPTIONS if constants["CHUNKED"] else kernels._WHOLE_OPTIONS
     options = {**options, "num_warps": kernels._TILE["num_warps"]} if "convolve" in name else options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -630,6 +632,8 @@ class TestCompiled:
             registers, stack = resources(compiled, tmp_path)
             print(f"sm_{arch} {name} {flags} {inputs}: {registers} registers, {stack} bytes spilled")
             assert stack == 0
+            if name == "_scan_kernel" and not constants["CHUNKED"]:
+                assert 12 * 32 * registers <= 65536  # three warps on each of a multiprocessor's four schedulers
             assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # their order would change the last digits
             if name in ("_scan_kernel", "_chunk_ends_kernel"):
                 # for two warps in turns 160 instructions, some of which take two cycles; the L2 cache takes 250 cycles
