@@ -53,12 +53,6 @@ _SHORTEST_CHUNK = 64
 
 # Triton 3.10 turns the fusing of multiplications and additions off by default; both give correct results.
 _OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
-# Told of a limit, ptxas uses all of it to begin loads a whole group of steps ahead; left alone, it may put one right
-# before its use. 168 registers leave room for three warps on each scheduler of a multiprocessor. Of chunks there are at
-# most two for each (see `plan`), which may have all that a warp can. AMD's compiler has no such option.
-_WHOLE_OPTIONS, _CHUNK_OPTIONS = (
-    _OPTIONS if torch.version.hip else {**_OPTIONS, "maxnreg": registers} for registers in (168, 255)
-)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -108,6 +102,18 @@ def plan(batch: int, length: int, channels: int, processors: int) -> Plan:
     chunks = min(8 * processors // max(1, batch * blocks), length // _SHORTEST_CHUNK)
     chunk = length if chunks < 4 else _cdiv(length, chunks * _INTERVAL) * _INTERVAL
     return Plan(_LANES, blocks, chunk, _cdiv(length, max(1, chunk)))
+
+
+def _walk_options(states: int, chunks: int) -> dict:
+    """What the kernels that walk along the steps are compiled with.
+
+    Told of a limit, ptxas uses all of it to begin loads a whole group of steps ahead; left alone, it may put one right
+    before its use. 168 registers leave room for three warps on each scheduler of a multiprocessor. They are enough for
+    8 states; more states may have all that a warp can, and so may chunks, of which a scheduler has two at most.
+    """
+    if torch.version.hip:  # whose compiler has no such option
+        return _OPTIONS
+    return {**_OPTIONS, "maxnreg": 168 if states <= 8 and chunks == 1 else 255}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -678,7 +684,7 @@ def _forward(
             COMPUTE=_triton_dtype(dtype),
             CHUNKED=chunks > 1,
             SAVE=save_states,
-            **(_CHUNK_OPTIONS if chunks > 1 else _WHOLE_OPTIONS),
+            **_walk_options(states, chunks),
         )
     if z is not None:
         _run_convolve(z, weight, out[:, :, channels:])
@@ -742,7 +748,7 @@ def _chunk_ends(
         ALIGN=_alignment(W),
         COMPUTE=_triton_dtype(dtype),
         BACKWARD=backward,
-        **_CHUNK_OPTIONS,
+        **_walk_options(states, chunks),
     )
     return ends, totals
 

@@ -424,7 +424,7 @@ class TestChoice:
             assert (blocks - 1) * block < channels <= blocks * block
             assert (chunks - 1) * chunk < length <= chunks * chunk
             assert chunks == 1 or chunk % kernels._INTERVAL == 0
-            assert chunks == 1 or batch * blocks * chunks <= 8 * processors  # _CHUNK_OPTIONS count on it
+            assert chunks == 1 or batch * blocks * chunks <= 8 * processors  # _walk_options counts on it
 
     def test_sequences_that_fill_the_device_stay_whole(self):
         assert kernels.plan(128, 196, 160, 132).chunks == 1
@@ -574,10 +574,9 @@ def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", ali
     known = (*EXACT, "y", "grad_u", *(("x",) if name == "_finish_kernel" else ()))
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in known}
     source = ASTSource(kernel, signature, constexprs=positions, attrs=aligned)
-    options = kernels._CHUNK_OPTIONS if name == "_chunk_ends_kernel" else kernels._OPTIONS
-    options = fusion_triton._OPTIONS if name == "_finish_kernel" else options
-    if name == "_scan_kernel":
-        options = kernels._CHUNK_OPTIONS if constants["CHUNKED"] else kernels._WHOLE_OPTIONS
+    options = fusion_triton._OPTIONS if name == "_finish_kernel" else kernels._OPTIONS
+    if name in ("_scan_kernel", "_chunk_ends_kernel"):
+        options = kernels._walk_options(constants["STATES"], chunks=2 if constants.get("CHUNKED", 1) else 1)
     options = {**options, "num_warps": kernels._TILE["num_warps"]} if "convolve" in name else options
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -687,12 +686,14 @@ class Launches:
 
     def __init__(self):
         self.noted = []
+        self.limits = []  # of registers, launch by launch
         self.device = next(self.devices)  # by which Triton keeps kernels, and what launches them
 
     def launcher_cls(self, source, metadata):
         def launch(x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments):
             given = [(a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in arguments]
             self.noted.append(((x, y, z), function, given))
+            self.limits.append(metadata.maxnreg)
 
         return launch
 
@@ -742,6 +743,14 @@ class TestLaunched:
             launches, monkeypatch, lambda: torch.autograd.grad(kernels.scan_concat(*inputs).sum(), leaves)
         )
         assert first == second and len(first) == (4 if chunk is None else 6)
+
+    @pytest.mark.parametrize(("chunk", "states", "limits"), [(None, 8, [168]), (64, 8, [255, 255]), (None, 16, [255])])
+    def test_registers(self, launches, monkeypatch, chunk, states, limits):
+        divided(monkeypatch, chunk=chunk)
+        _, inputs = make(2, 130, 32, torch.float32, states=states)
+        with torch.no_grad():
+            kernels.scan(*inputs[:7])
+        assert launches.limits == limits
 
     def test_scan_with_and_without_gradients(self, launches):
         _, inputs = make(2, 9, 32, torch.float32)
