@@ -357,7 +357,8 @@ def _multiply_patches(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor |
     settings = zip(x.shape[2:], conv.kernel_size, conv.dilation, conv.padding, conv.stride, strict=True)
     sides = [(side + 2 * p - dilation * (size - 1) - 1) // step + 1 for side, size, dilation, p, step in settings]
     patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).transpose(1, 2)
-    return F.linear(patches, weight.flatten(1), bias).unflatten(1, sides).permute(0, 3, 1, 2)
+    y = _linear(patches, weight.flatten(1), bias, None, _has_avx512())
+    return y.unflatten(1, sides).permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
