@@ -348,17 +348,18 @@ _LEAST_WEIGHTS = 10
 
 def _has_few_pixels(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether `_multiply_patches` is the faster form."""
-    is_usual = x.dtype == torch.float32 and conv.groups == 1 and conv.weight.is_contiguous()
+    if x.dtype in HALVES and _is_slow(x.dtype):
+        return False
+    is_usual = conv.groups == 1 and conv.dilation == (1, 1) and conv.weight.is_contiguous()
     return is_usual and conv.weight.numel() >= _LEAST_WEIGHTS * x.numel()
 
 
 def _multiply_patches(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution of these weights as one product, in channels_last layout."""
-    settings = zip(x.shape[2:], conv.kernel_size, conv.dilation, conv.padding, conv.stride, strict=True)
-    sides = [(side + 2 * p - dilation * (size - 1) - 1) // step + 1 for side, size, dilation, p, step in settings]
-    patches = F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).transpose(1, 2)
-    y = _linear(patches, weight.flatten(1), bias, None, _has_avx512())
-    return y.unflatten(1, sides).permute(0, 3, 1, 2)
+    (top, left), (rows, columns), (down, right) = conv.padding, conv.kernel_size, conv.stride
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+    patches = padded.unfold(1, rows, down).unfold(2, columns, right).flatten(3)  # (B, H', W', C * rows * columns)
+    return _linear(patches, weight.flatten(1), bias, None, _has_avx512()).permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:

@@ -898,30 +898,39 @@ def test_changed_layers_compute_what_they_say(classifier, change, fused):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"bias": False}, {"stride": 2, "padding": 1}, {"dilation": (2, 1), "padding": (3, 0), "stride": (1, 2)}],
+    "settings", [{}, {"bias": False}, {"stride": 2, "padding": 1}, {"padding": (3, 0), "stride": (1, 2)}]
 )
-def test_convolutions_of_few_pixels(settings):
+def test_convolutions_of_few_pixels(settings, dtype, monkeypatch):
     """As a product with the weights as they lie."""
-    conv, x = nn.Conv2d(64, 128, (3, 2), **settings), image((2, 64, 5, 6)).contiguous(memory_format=torch.channels_last)
-    with torch.profiler.profile() as profile:
-        y = fusion_mambavision.convolution(x, conv, None)
-    assert "aten::im2col" in {event.name for event in profile.events()} or not torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: False)
+    conv, x = nn.Conv2d(64, 128, (3, 2), **settings).to(dtype), image((2, 64, 5, 6)).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def takes_patches(x, conv, expected, relative):
+        with torch.profiler.profile() as profile:
+            y = fusion_mambavision.convolution(x, conv, None)
+        assert y.shape == expected.shape and y.dtype == x.dtype
+        assert (y - expected).abs().max() < relative * expected.std()
+        return "aten::unfold" in {event.name for event in profile.events()}, y
+
     expected = copy.deepcopy(conv).double()(x.double())
-    assert y.shape == expected.shape and y.is_contiguous(memory_format=torch.channels_last)
-    assert (y - expected).abs().max() < 1e-5 * expected.std()
+    taken, y = takes_patches(x, conv, expected, 1e-5 if dtype == torch.float32 else 2e-2)
+    assert taken == (dtype in selective_scan.ONEDNN_DTYPES)
+    assert y.is_contiguous(memory_format=torch.channels_last)
     others = (
-        (image((2, 64, 50, 60)), conv),
-        (x, nn.Conv2d(64, 256, 3, groups=2)),
-        (x, nn.Conv2d(64, 256, 3).to(memory_format=torch.channels_last)),  # the product would copy its weights
+        (image((2, 64, 50, 60)).to(dtype), conv),
+        (x, nn.Conv2d(64, 256, 3, groups=2).to(dtype)),
+        (x, nn.Conv2d(64, 128, (3, 2), dilation=(2, 1)).to(dtype)),
+        (x, nn.Conv2d(64, 256, 3).to(dtype, memory_format=torch.channels_last)),  # the product would copy its weights
         (x.double(), copy.deepcopy(conv).double()),
     )
     for other, layer in others:
-        with torch.profiler.profile() as profile:
-            y = fusion_mambavision.convolution(other, layer, None)
-        assert "aten::im2col" not in {event.name for event in profile.events()}
-        torch.testing.assert_close(y, layer(other))
+        assert not takes_patches(other, layer, layer(other), 1e-5)[0]
+    monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: True)
+    monkeypatch.setattr(fusion_mambavision, "_LEAST_USES", 10**9)  # too few to leave half precision
+    assert takes_patches(x, conv, expected, 2e-2)[0] == (taken and dtype == torch.float32)
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")
