@@ -56,10 +56,10 @@ def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Modul
             stem[i] = FusedConv2d(_folded(stem[i], stem[i + 1]), stem[i + 2])
             stem[i + 1], stem[i + 2] = nn.Identity(), nn.Identity()
     for level in net.levels:
-        reduction = getattr(level.downsample, "reduction", None)
+        reduction = getattr(getattr(level, "downsample", None), "reduction", None)
         if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain_conv(reduction[0]):
             reduction[0] = FusedConv2d(copy.deepcopy(reduction[0]))
-        for block in filter(is_known, level.blocks):
+        for block in filter(is_known, getattr(level, "blocks", ())):
             if not hasattr(block, "mixer"):
                 _fuse_conv_block(block)
                 continue
@@ -154,10 +154,10 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, gamma: Tensor | None = None) 
 
 
 def _scale(layer: nn.Module, gamma: Tensor) -> None:
-    """Multiply a layer's output channels."""
-    layer.weight *= gamma.view(-1, *[1] * (layer.weight.ndim - 1))
+    """Multiply a layer's output channels, by new parameters: another layer may use the old ones too."""
+    layer.weight = nn.Parameter(layer.weight * gamma.view(-1, *[1] * (layer.weight.ndim - 1)), requires_grad=False)
     if layer.bias is not None:
-        layer.bias *= gamma
+        layer.bias = nn.Parameter(layer.bias * gamma, requires_grad=False)
 
 
 def is_untouched(layer: nn.Module) -> bool:
@@ -173,7 +173,22 @@ def is_untouched(layer: nn.Module) -> bool:
         or torch_wide._global_backward_hooks
         or torch_wide._global_backward_pre_hooks
         or "forward" in layer.__dict__
+        or not (is_traced() or _computes_as_torch(layer))
     )
+
+
+# What torch's layers compute with, as long as nobody puts something else into their classes
+_FORWARDS = tuple(
+    kind.forward
+    for kind in (nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.AdaptiveAvgPool2d)
+)
+_CONVOLUTIONS = (None, nn.Conv1d._conv_forward, nn.Conv2d._conv_forward)
+
+
+def _computes_as_torch(layer: nn.Module) -> bool:
+    kind = type(layer)
+    own = kind.forward in _FORWARDS and getattr(kind, "_conv_forward", None) in _CONVOLUTIONS
+    return own and "_conv_forward" not in layer.__dict__
 
 
 class _Fused(nn.Module):

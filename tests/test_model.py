@@ -897,6 +897,55 @@ def test_changed_layers_compute_what_they_say(classifier, change, fused):
         assert (model(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
 
 
+@pytest.mark.usefixtures("any_size_pays")
+@pytest.mark.parametrize("where", ["class", "instance"])
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        (nn.Linear, "forward"),
+        (nn.Conv1d, "forward"),
+        (nn.Conv1d, "_conv_forward"),
+        (nn.Conv2d, "_conv_forward"),
+        (nn.BatchNorm2d, "forward"),
+        (nn.GELU, "forward"),
+    ],
+)
+def test_layers_whose_code_was_replaced_are_called(classifier, monkeypatch, kind, name, where):
+    pixel_values, plain = image((2, 3, 64, 64)), classifier(image((2, 3, 64, 64))).logits.detach()
+    original = getattr(kind, name)
+
+    def halved(self, *args):
+        return original(self, *args) / 2
+
+    if where == "class":
+        monkeypatch.setattr(kind, name, halved)
+    for layer in classifier.modules() if where == "instance" else ():
+        if type(layer) is kind:
+            setattr(layer, name, halved.__get__(layer))
+    expected = classifier(pixel_values).logits.detach()
+    assert (expected - plain).abs().max() > 1e-3 * plain.std()
+    with torch.inference_mode():
+        assert (classifier(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+        if where == "class":  # a copy of an instance calls the original's method
+            assert (classifier.fuse()(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+
+
+def test_fused_copy_of_shared_weights_and_replaced_stages(classifier):
+    model = classifier
+    for module in model.modules():
+        if isinstance(module, MambaVisionMixer):
+            module.out_proj.weight = module.in_proj.weight
+
+    class Stage(nn.Module):
+        def forward(self, x):
+            return x[:, :, ::2, ::2].repeat(1, 2, 1, 1), x
+
+    model.model.levels[0] = Stage()
+    with torch.inference_mode():
+        expected, value = (each(image((2, 3, 64, 64))).logits for each in (model, model.fuse()))
+    assert (value - expected).abs().max() < 1e-5 * expected.std()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
