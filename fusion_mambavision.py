@@ -177,18 +177,22 @@ def is_untouched(layer: nn.Module) -> bool:
     )
 
 
-# What torch's layers compute with, as long as nobody puts something else into their classes
-_FORWARDS = tuple(
-    kind.forward
-    for kind in (nn.Sequential, nn.Linear, nn.Conv1d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.AdaptiveAvgPool2d)
-)
-_CONVOLUTIONS = (None, nn.Conv1d._conv_forward, nn.Conv2d._conv_forward)
-
-
 def _computes_as_torch(layer: nn.Module) -> bool:
+    """Whether nobody put other code into a layer's class, or into what a convolution's own forward calls."""
     kind = type(layer)
-    own = kind.forward in _FORWARDS and getattr(kind, "_conv_forward", None) in _CONVOLUTIONS
-    return own and "_conv_forward" not in layer.__dict__
+    convolve = getattr(kind, "_conv_forward", None)
+    if not _is_torchs_own(kind.forward, kind) or "_conv_forward" in layer.__dict__:
+        return False
+    return convolve is None or _is_torchs_own(convolve, kind)
+
+
+@functools.lru_cache
+def _is_torchs_own(method, kind: type[nn.Module]) -> bool:
+    """Whether a method of a class of layers is the one that torch gave it: by its names, for whoever replaced it may
+    have done so before this module was imported."""
+    if not getattr(method, "__module__", "").startswith("torch.nn.modules.") or hasattr(method, "__wrapped__"):
+        return False
+    return method.__qualname__.split(".")[0] in {base.__qualname__ for base in kind.__mro__}
 
 
 class _Fused(nn.Module):

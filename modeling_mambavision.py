@@ -489,7 +489,7 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
         The copy computes the same up to rounding, in less time; it can neither be trained nor saved. On a CPU it keeps
         its weights a second time, in the order and precision of the fastest kernels, from the first call on; those of
         the first two stages in float32 take four times their size. It follows `load_state_dict` and in-place changes of
-        the weights, but not those through `.data`.
+        the weights, but not those through `.data` or, in shared memory, of other processes.
 
         Raises:
             ValueError: the model is in training mode, in which BatchNorm depends on the batch.

@@ -5,7 +5,7 @@ import io
 import json
 import math
 from collections import Counter
-from functools import partial
+from functools import partial, wraps
 
 import pytest
 import torch
@@ -905,6 +905,7 @@ def test_changed_layers_compute_what_they_say(classifier, change, fused):
         (nn.Linear, "forward"),
         (nn.Conv1d, "forward"),
         (nn.Conv1d, "_conv_forward"),
+        (nn.Conv2d, "forward"),
         (nn.Conv2d, "_conv_forward"),
         (nn.BatchNorm2d, "forward"),
         (nn.GELU, "forward"),
@@ -914,6 +915,7 @@ def test_layers_whose_code_was_replaced_are_called(classifier, monkeypatch, kind
     pixel_values, plain = image((2, 3, 64, 64)), classifier(image((2, 3, 64, 64))).logits.detach()
     original = getattr(kind, name)
 
+    @wraps(original)
     def halved(self, *args):
         return original(self, *args) / 2
 
@@ -925,14 +927,22 @@ def test_layers_whose_code_was_replaced_are_called(classifier, monkeypatch, kind
     expected = classifier(pixel_values).logits.detach()
     assert (expected - plain).abs().max() > 1e-3 * plain.std()
     with torch.inference_mode():
-        assert (classifier(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
-        if where == "class":  # a copy of an instance calls the original's method
-            assert (classifier.fuse()(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+        for model in (classifier, classifier.fuse()):
+            assert (model(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+
+
+def test_code_of_layers_is_known_by_its_names(monkeypatch):
+    """Not by what it was when the model's code was loaded."""
+    layers = (nn.Linear(2, 2), StepProjection(2, 2), nn.Conv1d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    for layer in (*layers, nn.GELU(), nn.ReLU(), nn.Sequential(), nn.AdaptiveAvgPool2d(1)):
+        assert fusion_mambavision.is_untouched(layer)
+    for other in (lambda self, x: x, partial(F.gelu), nn.Sigmoid.forward):
+        monkeypatch.setattr(nn.GELU, "forward", other)
+        assert not fusion_mambavision.is_untouched(nn.GELU())
 
 
 def test_fused_copy_of_shared_weights_and_replaced_stages(classifier):
-    model = classifier
-    for module in model.modules():
+    for module in classifier.modules():
         if isinstance(module, MambaVisionMixer):
             module.out_proj.weight = module.in_proj.weight
 
@@ -940,9 +950,9 @@ def test_fused_copy_of_shared_weights_and_replaced_stages(classifier):
         def forward(self, x):
             return x[:, :, ::2, ::2].repeat(1, 2, 1, 1), x
 
-    model.model.levels[0] = Stage()
+    classifier.model.levels[0] = Stage()
     with torch.inference_mode():
-        expected, value = (each(image((2, 3, 64, 64))).logits for each in (model, model.fuse()))
+        expected, value = (model(image((2, 3, 64, 64))).logits for model in (classifier, classifier.fuse()))
     assert (value - expected).abs().max() < 1e-5 * expected.std()
 
 
