@@ -219,8 +219,11 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
             ("out_features", out_features, self.stage_names),
             ("out_indices", out_indices, list(range(-4, 4))),
         ):
-            if value is not None and not (isinstance(value, (list, tuple, range)) and all(v in known for v in value)):
-                raise ValueError(f"{field} must be a list of {known}, got {value!r}")
+            if value is None:
+                continue
+            is_list = isinstance(value, (list, tuple, range)) and len(value) > 0
+            if not is_list or any(isinstance(v, (bool, float)) or v not in known for v in value):
+                raise ValueError(f"{field} must be a list of one or more of {known}, got {value!r}")
         if out_features is not None:
             self.out_features = _plain_list(out_features)  # the mixin's setters keep the two aligned
             if out_indices is not None and [i % 4 for i in out_indices] != [i % 4 for i in self.out_indices]:

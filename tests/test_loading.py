@@ -298,7 +298,11 @@ WRONG_SETTINGS = [
     ("interpolation", "cubic"),
     ("out_norm", 1),
     ("out_features", ["stem"]),
+    ("out_features", []),
     ("out_indices", [4]),
+    ("out_indices", []),
+    ("out_indices", [True]),
+    ("out_indices", [1.0]),
     ("out_indices", 3),
     ("out_indices", ["0"]),
     ("num_labels", -1),
@@ -313,8 +317,7 @@ WRONG_SETTINGS = [
 def test_wrong_configuration_values_are_named(field, value):
     with pytest.raises(ValueError) as caught:
         MambaVisionConfig(**{field: value})
-    shown = value[0] if field == "out_features" else value
-    assert field in str(caught.value) and (repr(shown) in str(caught.value) or str(shown) in str(caught.value))
+    assert field in str(caught.value) and (repr(value) in str(caught.value) or str(value) in str(caught.value))
 
 
 @pytest.mark.parametrize(
