@@ -10,7 +10,6 @@ On a GPU one kernel does all that follows a convolution (fusion_triton.py).
 import copy
 import functools
 import math
-import weakref
 from pathlib import Path
 
 import torch
@@ -220,8 +219,8 @@ class _Fused(nn.Module):
         # what tells of other weights; tensors made in inference mode do not count their changes
         state = (weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version)
         packed = self.packed.get(pack)  # once: another thread may put its own there
-        if packed is None or packed[0]() is not weight or packed[1] != state:
-            packed = self.packed[pack] = (weakref.ref(weight), state, pack(weight.to(dtype), *args))
+        if packed is None or packed[0] is not weight or packed[1] != state:
+            packed = self.packed[pack] = (weight, state, pack(weight.to(dtype), *args))
         return packed[2]
 
     def _can_fuse(self, x: Tensor) -> bool:

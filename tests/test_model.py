@@ -1019,8 +1019,12 @@ def test_packed_weights_are_kept_for_each_algorithm(monkeypatch):
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")
+@pytest.mark.parametrize("swaps", [False, True])
 @torch.inference_mode()
-def test_copies_fused_in_inference_mode_follow_their_weights(classifier):
+def test_copies_fused_in_inference_mode_follow_their_weights(classifier, request, swaps):
+    """Also where torch exchanges tensors in place of copying them, which it refuses for those with weak references."""
+    request.addfinalizer(partial(torch.__future__.set_swap_module_params_on_conversion, False))
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
     pixel_values = image((2, 3, 64, 64))
     fused = classifier.fuse()
     fused(pixel_values)
