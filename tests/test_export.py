@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import run_python
 from repository.modeling_mambavision import MambaVisionModel
 from weights import filled, image
 
@@ -46,10 +47,38 @@ def test_program_of_a_fused_model(classifier):
     assert_exports(classifier.fuse(), (2, 3, 70, 96), [(2, 3, 70, 96)], strict=False)
 
 
-def test_program_of_any_size_of_several_windows(classifier):
-    """Torch takes a side of one window for another case than a side of several."""
-    shapes = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
-    assert_exports(classifier, (2, 3, 160, 224), [(1, 3, 129, 140), (3, 3, 300, 129)], dynamic_shapes=shapes)
+# The last stage's windows are of 96 pixels, the one's before of 64
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("sides", [(192, 192), (160, 224), (60, 90)], ids=["whole windows", "padded", "one window"])
+def test_program_of_any_size(classifier, sides, strict):
+    """Whichever windows its example had, one or several, whole or padded."""
+    free = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
+    sizes = [(1, 3, 192, 384), (2, 3, 64, 96), (3, 3, 300, 129), (1, 3, 33, 192), (2, 3, 33, 50)]
+    assert_exports(classifier, (2, 3, *sides), sizes, dynamic_shapes=free, strict=strict)
+
+
+LOADED = """
+import sys, torch
+folder = sys.argv[1]
+pixel_values, *expected = torch.load(folder + "/expected.pt")
+for model in torch.export.load(folder + "/program.pt2").module(), torch.jit.load(folder + "/traced.pt"):
+    pooled, maps = model(pixel_values)
+    torch.testing.assert_close([pooled, *maps], expected, rtol=1e-3, atol=1e-4)
+assert not any("mambavision" in name for name in sys.modules)
+"""
+
+
+@torch.no_grad()
+def test_features_traced_and_in_a_saved_program(features, tmp_path):
+    """As plain tuples, which need none of this code where they are loaded."""
+    features.config.return_dict = False
+    example, pixel_values = image((2, 3, 70, 96)), image((3, 3, 70, 96), seed=1)
+    batch = ({0: torch.export.Dim.AUTO},)
+    torch.export.save(torch.export.export(features, (example,), dynamic_shapes=batch), tmp_path / "program.pt2")
+    torch.jit.save(torch.jit.trace(features, example, strict=False), tmp_path / "traced.pt")
+    pooled, maps = features(pixel_values)
+    torch.save([pixel_values, pooled, *maps], tmp_path / "expected.pt")
+    run_python(LOADED, tmp_path)
 
 
 def test_onnx_of_any_size(features, tmp_path):
