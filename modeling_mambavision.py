@@ -308,14 +308,15 @@ class TokenStage(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        B, _, H, W = x.shape
+        B, C, H, W = x.shape
         side = self.window_size
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
         rows, columns = (H + side - 1) // side, (W + side - 1) // side
         bottom, right = rows * side - H, columns * side - W
         if is_traced_for_export() or bottom or right:  # an exported graph pads always, to take any H and W
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        x = _windows_of_map(x, rows, columns, side)
+        x = x.reshape(B, rows, side, columns, side, C).transpose(2, 3)  # (B, rows, columns, side, side, C)
+        x = x.reshape(B * rows * columns, side * side, C)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 if torch.is_grad_enabled() and not x.requires_grad:
@@ -324,48 +325,14 @@ class TokenStage(nn.Module):
                 x = self._gradient_checkpointing_func(block.__call__, x)
             else:
                 x = block(x)
-        x = _map_of_windows(x, rows, columns, side, B, H, W).permute(0, 3, 1, 2)
-        return (x if self.downsample is None else self.downsample(_plain_if_small(x, self.downsample))), x
-
-
-def _windows_of_map(x: Tensor, rows: int, columns: int, side: int) -> Tensor:
-    """The windows (B * rows * columns, side * side, C) of a map (B, rows * side, columns * side, C).
-
-    For torch.export as a choice of tokens by their numbers. Views would have it ask whether they are contiguous, and
-    the program would refuse images with several windows, or uncut ones, where its example had one, or was padded.
-    """
-    B, _, _, C = x.shape
-    if not _is_exported():
-        return x.reshape(B, rows, side, columns, side, C).transpose(2, 3).reshape(B * rows * columns, side * side, C)
-    i = torch.arange(B * rows * columns * side * side, device=x.device)
-    window, token = _divmod(i, side * side)
-    (row, column), (h, w) = _divmod(window, columns), _divmod(token, side)  # the rows of all images
-    chosen = ((row * side + h) * columns + column) * side + w
-    return x.reshape(-1, C).index_select(0, chosen).reshape(-1, side * side, C)
-
-
-def _map_of_windows(x: Tensor, rows: int, columns: int, side: int, B: int, H: int, W: int) -> Tensor:
-    """The map (B, H, W, C) that such windows cover, without what was padded; exported in the same way."""
-    C = x.shape[2]
-    if not _is_exported():
         x = x.reshape(B, rows, columns, side, side, C).transpose(2, 3).reshape(B, rows * side, columns * side, C)
-        return x.narrow(1, 0, H).narrow(2, 0, W)  # slices would have unknown sizes in torch 2.11
-    row, w = _divmod(torch.arange(B * H * W, device=x.device), W)
-    b, h = _divmod(row, H)
-    (window_row, h), (window_column, w) = _divmod(h, side), _divmod(w, side)
-    window = (b * rows + window_row) * columns + window_column
-    chosen = (window * side + h) * side + w
-    return x.reshape(-1, C).index_select(0, chosen).reshape(B, H, W, C)
-
-
-def _is_exported() -> bool:
-    """Whether torch.export makes a program of what runs, and not torch.jit.trace a graph."""
-    return is_traced_for_export() and not torch.jit.is_tracing()
-
-
-def _divmod(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    quotient = x // size
-    return quotient, x - quotient * size  # not `%`, which torch's ONNX exporter does not know of unknown sizes
+        if is_traced_for_export() and not torch.jit.is_tracing():
+            # of a cut map torch.export would ask whether it was padded, and refuse images that differ in that
+            x = x.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
+        else:
+            x = x.narrow(1, 0, H).narrow(2, 0, W)  # slices would have unknown sizes in torch 2.11
+        x = x.permute(0, 3, 1, 2)
+        return (x if self.downsample is None else self.downsample(_plain_if_small(x, self.downsample))), x
 
 
 def _plain_if_small(x: Tensor, layer: nn.Module) -> Tensor:

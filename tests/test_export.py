@@ -47,13 +47,13 @@ def test_program_of_a_fused_model(classifier):
     assert_exports(classifier.fuse(), (2, 3, 70, 96), [(2, 3, 70, 96)], strict=False)
 
 
-# The last stage's windows are of 96 pixels, the one's before of 64
+# Windows of the last stage are of 96 pixels, and of 64 in the one before
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("sides", [(192, 192), (160, 224), (60, 90)], ids=["whole windows", "padded", "one window"])
-def test_program_of_any_size(classifier, sides, strict):
-    """Whichever windows its example had, one or several, whole or padded."""
+@pytest.mark.parametrize("sides", [(192, 192), (160, 224)], ids=["whole", "padded"])
+def test_program_of_any_size_of_several_windows(classifier, sides, strict):
+    """Torch takes a side of one window for another case than a side of several, but not whole ones for another."""
     free = (dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO),)
-    sizes = [(1, 3, 192, 384), (2, 3, 64, 96), (3, 3, 300, 129), (1, 3, 33, 192), (2, 3, 33, 50)]
+    sizes = [(1, 3, 129, 140), (3, 3, 300, 129), (1, 3, 192, 384), (2, 3, 288, 100)]
     assert_exports(classifier, (2, 3, *sides), sizes, dynamic_shapes=free, strict=strict)
 
 
