@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import has_modes, is_traced
+from .operators import has_modes, is_traced, misreads_layouts
 from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
@@ -245,7 +245,18 @@ class _Fused(nn.Module):
 
 class FusedConv2d(_Fused):
     def __init__(self, layer: nn.Conv2d, activation: nn.Module | None = None):
-        super().__init__(layer.to(memory_format=torch.channels_last), activation)  # or each call copies the weights
+        super().__init__(layer, activation)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """The weights in the layout of the maps, or each call copies them."""
+        is_dense = misreads_layouts(self.layer.weight.device)
+        self.layer.to(memory_format=torch.contiguous_format if is_dense else torch.channels_last)
+
+    def _apply(self, *args, **kwargs):
+        super()._apply(*args, **kwargs)
+        self._lay_out()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_traced() and _may_finish(x, self.layer, None):

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
 from .fusion_mambavision import convolution, fused_copy, is_untouched, linear
-from .operators import is_traced
+from .operators import dense, is_traced, misreads_layouts
 from .selective_scan import (
     backend_on,
     is_traced_for_export,
@@ -66,7 +66,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self._checked(pixel_values)
-        if not is_transformed():  # vmap knows no layouts
+        if misreads_layouts(x.device):
+            x = x.contiguous()
+        elif not is_transformed():  # vmap knows no layouts
             # channels_last: the faster one of the convolutions, and the one in which windows of tokens are a view
             x = x.contiguous(memory_format=torch.channels_last)
         if type(self.conv_down) is not nn.Sequential or len(self.conv_down) != 6 or not is_untouched(self.conv_down):
@@ -173,7 +175,7 @@ class MambaVisionMixer(nn.Module):
         dt, B, C = linear(x, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
         A = -torch.exp(self.A_log.float())
         # the published weights were trained with the bias of dt_proj counted twice
-        scanned = (x, self.dt_proj(dt), A, B, C, self.D.float(), self._dt_bias(dt))
+        scanned = (x, self.dt_proj(dense(dt)), A, B, C, self.D.float(), self._dt_bias(dt))
         if _is_plain(self.conv1d_z):
             return linear(scan_concat(*scanned, z, self.conv1d_z.weight), self.out_proj)
         return linear(torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1), self.out_proj)
@@ -191,7 +193,7 @@ def _silu_convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """silu of a convolution along the tokens of (B, L, C)."""
     if _is_plain(conv):
         return silu_convolve(x, conv.weight)
-    return F.silu(conv(x.transpose(1, 2))).transpose(1, 2)
+    return dense(F.silu(conv(dense(x.transpose(1, 2)))).transpose(1, 2))
 
 
 def _is_plain(conv: nn.Module) -> bool:
@@ -218,7 +220,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, C/heads)
+        q, k, v = dense(qkv.permute(2, 0, 3, 1, 4))  # (B, heads, L, C/heads)
         x = _attend(self.q_norm(q), self.k_norm(k), v)
         return self.proj_drop(linear(x.transpose(1, 2).flatten(2), self.proj))
 
@@ -310,13 +312,13 @@ class TokenStage(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         B, C, H, W = x.shape
         side = self.window_size
-        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = dense(x).permute(0, 2, 3, 1)  # (B, H, W, C)
         rows, columns = (H + side - 1) // side, (W + side - 1) // side
         bottom, right = rows * side - H, columns * side - W
         if is_traced_for_export() or bottom or right:  # an exported graph pads always, to take any H and W
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         x = x.reshape(B, rows, side, columns, side, C).transpose(2, 3)  # (B, rows, columns, side, side, C)
-        x = x.reshape(B * rows * columns, side * side, C)
+        x = dense(x.reshape(B * rows * columns, side * side, C))
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 if torch.is_grad_enabled() and not x.requires_grad:
@@ -331,7 +333,7 @@ class TokenStage(nn.Module):
             x = x.index_select(1, torch.arange(H, device=x.device)).index_select(2, torch.arange(W, device=x.device))
         else:
             x = x.narrow(1, 0, H).narrow(2, 0, W)  # slices would have unknown sizes in torch 2.11
-        x = x.permute(0, 3, 1, 2)
+        x = dense(x.permute(0, 3, 1, 2))
         return (x if self.downsample is None else self.downsample(_plain_if_small(x, self.downsample))), x
 
 
@@ -759,7 +761,7 @@ class MambaVisionBackbone(BackboneMixin, MambaVisionPreTrainedModel):
         norm = getattr(self, f"outnorm{stage}", None)
         if norm is None:  # out_features were changed since
             raise ValueError(f"{self.stage_names[stage]} has no norm: name all out_features when the model is made")
-        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return norm(dense(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
 MambaVisionModel.register_for_auto_class("AutoModel")

@@ -1,4 +1,5 @@
-"""Operators of our own: one node of a graph for torch.compile, and a plain call where nobody looks on."""
+"""Operators of our own: one node of a graph for torch.compile, and a plain call where nobody looks on. Also `dense`, for
+operators of torch's that misread layouts."""
 
 import functools
 from collections.abc import Callable
@@ -77,6 +78,25 @@ def _is_watched(args: tuple) -> bool:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     return any(isinstance(x, Tensor) and not _is_plain(x) for x in args)
+
+
+def misreads_layouts(device: torch.device) -> bool:
+    """Whether torch's operators compute something else, without an error, from tensors that are not contiguous.
+
+    On Apple's GPUs, up to torch 2.12 and later: convolutions of slices of channels (pytorch/pytorch#180984), attention
+    of permuted tensors (#163597, #181133), gradients of BatchNorm in channels_last (#175189).
+    """
+    return device.type == "mps"
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, and what comes back as its gradient, contiguous where layouts are misread."""
+    if not misreads_layouts(x.device):
+        return x
+    x = x.contiguous()
+    if x.grad_fn is not None and not is_traced():
+        x.register_hook(Tensor.contiguous)
+    return x
 
 
 def has_modes() -> bool:

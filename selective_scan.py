@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import define, needs_gradient
+from .operators import define, misreads_layouts, needs_gradient
 
 
 try:
@@ -56,6 +56,9 @@ _LEAST_STEPS = 16
 # Elements of a step (batch x states x channels) up to which fewer and larger operators, on two cores, are worth three
 # operations for each in place of one
 _SMALL_STEP = 2560
+# The same on a GPU, where each operator costs a launch of some 10 us, in which slow ones move 3 MB: worked out by that,
+# not timed
+_GPU_BLOCK_ELEMENTS, _GPU_SMALL_STEP = 2**24, 2**15
 
 
 def _touch_constants() -> None:
@@ -105,8 +108,8 @@ def selective_scan(
 
     Args:
         backend: "torch", "triton", "mamba_ssm", or "auto" for the best of those that can run here. The environment
-            variable MAMBAVISION_SCAN replaces "auto" for the process. In export and under the transforms of torch.func
-            a form in torch's own operators takes the place of all of them.
+            variable MAMBAVISION_SCAN replaces "auto" for the process. In export, under the transforms of torch.func and
+            on Apple's GPUs a form in torch's own operators takes the place of all of them.
 
     Raises:
         ValueError: the shapes do not fit, or there is no such backend, or "triton" is to compute a number of states
@@ -115,7 +118,7 @@ def selective_scan(
         RuntimeError: the backend was asked for by name and cannot run here.
     """
     _check_shapes(u, dt, A, B, C, D, dt_bias)
-    if is_traced_for_export() or is_transformed():
+    if is_traced_for_export() or is_transformed() or misreads_layouts(u.device):
         return _scan_chunked(u, dt, A, B, C, D, dt_bias)
     inputs = (u, dt, A, B, C, D, dt_bias)
     backend = backend_on(u.device, backend)
@@ -203,7 +206,7 @@ def _triton_failure(device: torch.device) -> str | None:
     if _triton_missing is not None:
         return _triton_missing
     if not _triton_runs_on(device):
-        return "Triton needs a ROCm device, or a CUDA device of compute capability 8.0 or higher"
+        return "Triton needs a ROCm device, or a CUDA device of compute capability 7.0 or higher"
     # twice: kernels are launched another way from the second time on
     return _scan_difference(_triton_scan, device) or _scan_difference(_triton_scan, device)
 
@@ -306,7 +309,7 @@ def _in_full_precision(scan: Callable) -> Callable:
     @functools.wraps(scan)
     def run(u, *others):
         device_type = u.device.type
-        on = device_type != "meta" and torch.is_autocast_enabled(device_type)
+        on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
         with torch.autocast(device_type, enabled=False) if on else nullcontext():
             return scan(u, *others)
 
@@ -322,7 +325,7 @@ def _blocked_forward(
     states = A.shape[1]
     dtype = _compute_dtype(u)
     A_log2e, D, dt_bias = (A.to(dtype).T * _LOG2_E).contiguous(), D.to(dtype), dt_bias.to(dtype)
-    rows, block, blocks = _tile(batch, length, channels, states, is_training=save_states)
+    rows, block, blocks = _tile(u, states, is_training=save_states)
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     starts = u.new_empty(blocks if save_states else 0, batch, states, channels, dtype=dtype)
     decay = u.new_empty(block, rows, states, channels, dtype=dtype)
@@ -353,7 +356,7 @@ def _blocked_backward(
     dtype = _compute_dtype(u)
     A_, D_, bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
     A_log2e = A_ * _LOG2_E
-    rows, block, _ = _tile(batch, length, channels, states, is_training=True)
+    rows, block, _ = _tile(u, states, is_training=True)
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     grad_A, grad_D, grad_bias = torch.zeros_like(A_), torch.zeros_like(D_), torch.zeros_like(bias)
     decay = u.new_empty(block, rows, states, channels, dtype=dtype)
@@ -422,7 +425,7 @@ def _run_block(
     # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
     torch.mul(delta.unsqueeze(-2), A_log2e, out=decay.whole[:steps]).exp2_()
     torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=h.whole[1 : steps + 1])
-    if not keeps_decay and h.whole[0].numel() <= _SMALL_STEP:
+    if not keeps_decay and h.whole[0].numel() <= (_SMALL_STEP if delta.device.type == "cpu" else _GPU_SMALL_STEP):
         _recur_in_chunks(decay.whole[:steps], h.whole[: steps + 1])
         return
     for t in range(steps):
@@ -461,11 +464,13 @@ def _slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _tile(batch: int, length: int, channels: int, states: int, is_training: bool) -> tuple[int, int, int]:
+def _tile(u: Tensor, states: int, is_training: bool) -> tuple[int, int, int]:
     """Sequences at a time, steps at a time, and how many runs of steps that makes."""
+    batch, length, channels = u.shape
     row = channels * states
-    # the backward pass has a third buffer; 3 % of its time for a fifth of its memory
-    most = _BLOCK_ELEMENTS * 3 // 4 if is_training else _BLOCK_ELEMENTS
+    most = _BLOCK_ELEMENTS if u.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
+    if is_training:  # the backward pass has a third buffer; 3 % of its time for a fifth of its memory
+        most = most * 3 // 4
     rows = max(1, min(batch, most // (row * min(max(length, 1), _LEAST_STEPS))))
     rows = max(1, -(-batch // max(1, -(-batch // rows))))  # the same for all tiles
     blocks = -(-length // max(1, most // (row * rows)))
@@ -473,8 +478,8 @@ def _tile(batch: int, length: int, channels: int, states: int, is_training: bool
 
 
 def _fake_forward(u, dt, A, B, C, D, dt_bias, save_states):
-    batch, length, channels = u.shape
-    blocks = _tile(batch, length, channels, A.shape[1], is_training=True)[2] if save_states else 0
+    batch, _, channels = u.shape
+    blocks = _tile(u, A.shape[1], is_training=True)[2] if save_states else 0
     starts = u.new_empty(blocks, batch, A.shape[1], channels, dtype=_compute_dtype(u))
     return torch.empty_like(u, memory_format=torch.contiguous_format), starts
 
@@ -515,6 +520,8 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
 
     On a CPU without gradients tap by tap, which takes half the time; in float32 alone, for each tap would be rounded.
     """
+    if misreads_layouts(x.device):
+        return _convolve_by_taps(x, weight)
     is_on_cpu = x.device.type == "cpu"
     if is_on_cpu and x.dtype in HALVES and x.dtype not in ONEDNN_DTYPES:
         # torch's own convolutions in half precision take 20 times as long

@@ -77,11 +77,11 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether to try the kernels there: a ROCm device, a CUDA device from compute capability 8.0 on (what Triton
-    supports), or the CPU under TRITON_INTERPRET=1."""
+    """Whether to try the kernels there: a ROCm device, a CUDA device from compute capability 7.0 on (as torch.compile
+    does), or the CPU under TRITON_INTERPRET=1."""
     if not isinstance(_scan_kernel, triton.JITFunction):
         return device.type == "cpu"
-    return device.type == "cuda" and (bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0))
+    return device.type == "cuda" and (bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (7, 0))
 
 
 class Plan(NamedTuple):

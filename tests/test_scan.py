@@ -178,6 +178,13 @@ def test_operator_is_registered_correctly(monkeypatch, needs_grad):
     torch.library.opcheck(scan_module._blocked_scan.operator, (*inputs, needs_grad), test_utils=tests)
 
 
+def test_other_devices_take_whole_batches():
+    """Each operator costs a launch there, whatever its size."""
+    u = torch.empty(128, 196, 160, device="meta")
+    (rows, steps, runs), (_, cpu_steps, _) = (scan_module._tile(x, 8, False) for x in (u, torch.empty(u.shape)))
+    assert rows == 128 and runs == 2 and 2 * steps >= 196 and cpu_steps < steps
+
+
 class PassingOn(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))

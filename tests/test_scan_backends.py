@@ -334,7 +334,7 @@ print(len(calls))
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="needs a ROCm device, or a CUDA device of compute capability 8.0")
+@pytest.mark.skipif(not GPU, reason="needs a ROCm device, or a CUDA device of compute capability 7.0")
 class TestOnGpu:
     @pytest.fixture(autouse=True)
     def exact(self, monkeypatch):
