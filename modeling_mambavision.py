@@ -689,7 +689,7 @@ class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
             shapes = [(batch, 1), (batch,)] if count == 1 else [(batch, count)]
             if tuple(labels.shape) not in shapes:
                 raise ValueError(f"labels must have shape {shapes[0]}, got {tuple(labels.shape)}")
-            labels = labels.to(logits.device, torch.promote_types(labels.dtype, torch.float32)).view_as(logits)
+            labels = labels.to(logits.device, torch.promote_types(logits.dtype, torch.float32)).view_as(logits)
             distance = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
             loss = distance(logits, labels)
         self.config.problem_type = kind  # saved with the weights: it tells pipelines what the logits are

@@ -1,5 +1,5 @@
-"""Operators of our own: one node of a graph for torch.compile, and a plain call where nobody looks on. Also `dense`, for
-operators of torch's that misread layouts."""
+"""Operators of our own: one node of a graph for torch.compile, and a plain call where nobody looks on. Also `dense`,
+for operators of torch's that misread layouts."""
 
 import functools
 from collections.abc import Callable

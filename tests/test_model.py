@@ -249,6 +249,9 @@ def test_regression_loss(small_config, shape):
     output = model(image((2, 3, 32, 32)), labels=labels)
     torch.testing.assert_close(output.loss, F.mse_loss(output.logits.flatten(), labels.flatten()))
     assert model.config.problem_type == "regression"
+    # NumPy's labels; Apple's GPUs have no float64
+    doubles = model(image((2, 3, 32, 32)), labels=labels.double()).loss
+    assert torch.equal(doubles, output.loss) and doubles.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
