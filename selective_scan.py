@@ -303,13 +303,19 @@ def _causal_conv1d(x: Tensor, weight: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.assume_constant_result  # torch.compile does not look inside up to torch 2.10
+def _knows_autocast(device_type: str) -> bool:
+    """Others raise when they are asked whether it is on: Apple's GPUs up to torch 2.4, for one."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _in_full_precision(scan: Callable) -> Callable:
     """Without autocast, which would give the matrix products inside a scan half precision."""
 
     @functools.wraps(scan)
     def run(u, *others):
         device_type = u.device.type
-        on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        on = _knows_autocast(device_type) and torch.is_autocast_enabled(device_type)
         with torch.autocast(device_type, enabled=False) if on else nullcontext():
             return scan(u, *others)
 

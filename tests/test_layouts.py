@@ -87,7 +87,7 @@ def test_training(classifier, apple, watch, checkpointing):
     pixel_values, labels = image(SHAPE), torch.tensor([1, 3])
     classifier.train()
     if checkpointing:
-        classifier.gradient_checkpointing_enable()
+        classifier.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = [p for p in classifier.parameters() if p.requires_grad]
     torch.manual_seed(0)
     expected = torch.autograd.grad(classifier(pixel_values, labels=labels).loss, parameters)
