@@ -255,7 +255,8 @@ class FusedConv2d(_Fused):
 
     def _apply(self, *args, **kwargs):
         super()._apply(*args, **kwargs)
-        self._lay_out()
+        if type(self.layer) is nn.Conv2d:  # code may have put another module there
+            self._lay_out()
         return self
 
     def forward(self, x: Tensor) -> Tensor:

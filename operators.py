@@ -83,8 +83,8 @@ def _is_watched(args: tuple) -> bool:
 def misreads_layouts(device: torch.device) -> bool:
     """Whether torch's operators compute something else, without an error, from tensors that are not contiguous.
 
-    On Apple's GPUs, up to torch 2.12 and later: convolutions of slices of channels (pytorch/pytorch#180984), attention
-    of permuted tensors (#163597, #181133), gradients of BatchNorm in channels_last (#175189).
+    On Apple's GPUs, by torch's issues of 2025 and 2026: convolutions of slices of channels (pytorch/pytorch#180984),
+    attention of permuted tensors (#163597, #181133), gradients of BatchNorm in channels_last (#175189).
     """
     return device.type == "mps"
 

@@ -56,8 +56,7 @@ _LEAST_STEPS = 16
 # Elements of a step (batch x states x channels) up to which fewer and larger operators, on two cores, are worth three
 # operations for each in place of one
 _SMALL_STEP = 2560
-# The same on a GPU, where each operator costs a launch of some 10 us, in which slow ones move 3 MB: worked out by that,
-# not timed
+# Both on a GPU, where each operator costs a launch of some 10 us, in which a slow one moves 3 MB: worked out, not timed
 _GPU_BLOCK_ELEMENTS, _GPU_SMALL_STEP = 2**24, 2**15
 
 
@@ -303,9 +302,9 @@ def _causal_conv1d(x: Tensor, weight: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not look inside up to torch 2.10
+@torch.compiler.assume_constant_result  # torch 2.9's torch.compile cannot look inside
 def _knows_autocast(device_type: str) -> bool:
-    """Others raise when they are asked whether it is on: Apple's GPUs up to torch 2.4, for one."""
+    """Whether autocast can be asked about a device at all: torch 2.4 raises for Apple's GPUs, any torch for `meta`."""
     return torch.amp.is_autocast_available(device_type)
 
 

@@ -69,9 +69,11 @@ def test_equals_the_float64_recurrence(form, length):
         assert relative_error(value, expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 49, 63, 500])
-def test_steps_in_a_loop_and_in_chunks_give_the_same(monkeypatch, length):
-    inputs = random_inputs(1, length, 20)
+def test_steps_in_a_loop_and_in_chunks_give_the_same(monkeypatch, length, batch):
+    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 2 * 16 * 8 * 20)  # of three sequences two at a time, then one
+    inputs = random_inputs(batch, length, 20)
     expected = sequential_float64(*inputs)
     for largest in (0, 2**30):
         monkeypatch.setattr(scan_module, "_SMALL_STEP", largest)
@@ -179,10 +181,34 @@ def test_operator_is_registered_correctly(monkeypatch, needs_grad):
 
 
 def test_other_devices_take_whole_batches():
-    """Each operator costs a launch there, whatever its size."""
     u = torch.empty(128, 196, 160, device="meta")
     (rows, steps, runs), (_, cpu_steps, _) = (scan_module._tile(x, 8, False) for x in (u, torch.empty(u.shape)))
     assert rows == 128 and runs == 2 and 2 * steps >= 196 and cpu_steps < steps
+
+
+class Count(TorchDispatchMode):
+    """How often the operators are called that compute the states."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "addcmul" in function.name() or "exp2" in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("batch", "times"), [(8, 3), (128, 6)])
+def test_sizes_of_other_devices(monkeypatch, batch, times):
+    """Each operator costs a launch there, whatever its size: so many times fewer of them, and the same numbers."""
+    inputs = random_inputs(batch, 196, 160, dtype=torch.float32)
+    expected, counts = selective_scan_reference(*inputs), []
+    for kind in ("", "_GPU"):
+        for name in ("_BLOCK_ELEMENTS", "_SMALL_STEP"):
+            monkeypatch.setattr(scan_module, name, getattr(scan_module, kind + name))
+        with Count() as counted:
+            value, _ = scan_module._blocked_forward(*inputs, False)
+        counts.append(counted.count)
+        assert relative_error(value, expected) < TOLERANCE[torch.float32]
+    assert counts[0] > times * counts[1]
 
 
 class PassingOn(TorchFunctionMode):
