@@ -10,7 +10,6 @@ On a GPU one kernel does all that follows a convolution (fusion_triton.py).
 import copy
 import functools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operators import has_modes, is_traced, misreads_layouts
-from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, is_transformed
+from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, cpuinfo, is_transformed
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
 
@@ -403,7 +402,7 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, a
 
 def _convolve_by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
     """The same of weights that `winograd_filters` gave."""
-    gelu = activation if activation is not None and _is_gelu(activation) else None
+    gelu = activation if activation is not None and _is_gelu(activation) and _has_avx512() else None
     x = winograd_convolution(x, weight, bias, None if gelu is None else gelu.approximate)
     return x if activation is gelu else _activated(x, activation)
 
@@ -458,7 +457,8 @@ def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:
 
 @functools.cache
 def _has_avx512() -> bool:
-    """Without it, oneDNN's linear layers, and its GELU behind convolutions, take longer than torch's own."""
+    """Without it, oneDNN's linear layers, and its GELU behind convolutions, take longer than torch's own. On ARM they
+    may even be oneDNN's reference code, which is slower by far."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
@@ -515,10 +515,7 @@ def _is_slow(dtype: torch.dtype) -> bool:
     """
     if dtype not in ONEDNN_DTYPES:  # eight times as long
         return True
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:
-        return False
+    text = cpuinfo()
     flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), None)
     if flags is None:  # not an x86
         return False

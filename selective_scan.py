@@ -21,8 +21,10 @@ import functools
 import logging
 import math
 import os
+import platform
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +87,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_touch_constants)
 
 
+def cpuinfo() -> str:
+    """What Linux says of the processor; nothing on other systems."""
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+_IS_ARM = platform.machine() in ("aarch64", "arm64")
+
+
 def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()
@@ -93,6 +106,8 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
+    if _IS_ARM and "asimdfhm" not in cpuinfo():  # its products are oneDNN's reference code then, a hundred times slower
+        has[torch.float16] = False
     return tuple(dtype for dtype in has if has[dtype])
 
 
@@ -528,8 +543,8 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     if misreads_layouts(x.device):
         return _convolve_by_taps(x, weight)
     is_on_cpu = x.device.type == "cpu"
-    if is_on_cpu and x.dtype in HALVES and x.dtype not in ONEDNN_DTYPES:
-        # torch's own convolutions in half precision take 20 times as long
+    if is_on_cpu and x.dtype in HALVES and (_IS_ARM or x.dtype not in ONEDNN_DTYPES):
+        # torch's own convolutions in half precision take 20 times as long; on ARM these are oneDNN's reference code
         return _in_full_precision(_convolve)(x.float(), weight.float()).to(x.dtype)
     is_recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

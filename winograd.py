@@ -69,14 +69,17 @@ def _products_are_exact() -> bool:
 
 
 def winograd_filters(weight: Tensor) -> Tensor:
-    """Filters (K, C, 3, 3) as `winograd_convolution` takes them: (36, C, K), in memory (C, 36, K).
+    """Filters (K, C, 3, 3) as `winograd_convolution` takes them: (36, C, K), in memory (C, 36, K) or (36, K, C).
 
-    So one product for each channel reads contiguous filters as they lie. To bring these, or what becomes of them, in
-    another order would take as long again.
+    Either way the filters are read, and what becomes of them is written, as it lies: to bring it in another order would
+    take as long again. The first is one product for each channel, the faster way where MKL computes them all in one
+    call; elsewhere torch makes a call for each.
     """
-    K, C = weight.shape[:2]
-    filters = weight.reshape(K, C, KERNEL**2).permute(1, 2, 0)
-    return torch.bmm(_transforms()[1].expand(C, -1, -1), filters).transpose(0, 1)
+    (K, C), from_filters = weight.shape[:2], _transforms()[1]
+    if torch.backends.mkl.is_available():
+        filters = weight.reshape(K, C, KERNEL**2).permute(1, 2, 0)
+        return torch.bmm(from_filters.expand(C, -1, -1), filters).transpose(0, 1)
+    return torch.mm(from_filters, weight.reshape(K * C, KERNEL**2).T).view(PATCH**2, K, C).transpose(1, 2)
 
 
 def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:

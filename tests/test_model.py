@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from functools import partial, wraps
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -459,10 +460,11 @@ def test_the_faster_operators_are_taken(classifier, processor, any_size_pays):
             model(image((2, 3, 128, 128)))
         called = {event.key: event.count for event in profile.key_averages()}
         assert ("mkldnn::_convolution_pointwise" in called) == has_onednn
+        has_linear = has_onednn and processor == "AVX512"
         # one in each block of convolutions applies GELU to what Winograd's algorithm gives
-        in_blocks = sum(model.config.depths[:2]) if has_onednn and any_size_pays == "winograd" else 0
+        in_blocks = sum(model.config.depths[:2]) if has_linear and any_size_pays == "winograd" else 0
         in_layers = called.get("mkldnn::_linear_pointwise", 0) - in_blocks
-        assert in_layers > 0 if has_onednn and processor == "AVX512" else in_layers == 0
+        assert in_layers > 0 if has_linear else in_layers == 0
         assert ("aten::unfold" in called) == (has_onednn and any_size_pays == "winograd")  # of maps into patches
         if has_onednn:  # the one behind the last map alone is not folded
             assert called["aten::native_batch_norm"] == 1
@@ -715,12 +717,28 @@ def test_where_half_precision_is_slow(monkeypatch, cpuinfo, bfloat16, float16):
             raise FileNotFoundError
         return f"processor\t: 0\n{cpuinfo}\nbugs\t: none\n"
 
-    monkeypatch.setattr(fusion_mambavision.Path, "read_text", read_text)
+    monkeypatch.setattr(selective_scan.Path, "read_text", read_text)
     is_slow = fusion_mambavision._is_slow.__wrapped__
     for knows in (True, False):
         monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.bfloat16, torch.float16) if knows else ())
         assert is_slow(torch.bfloat16) == (bfloat16 or not knows)
         assert is_slow(torch.float16) == (float16 or not knows)
+
+
+@pytest.mark.parametrize("is_arm", [True, False])
+@pytest.mark.parametrize("features", ["fp asimd fphp asimdhp", "fp asimd fphp asimdhp asimdfhm"])
+def test_float16_on_an_arm_that_multiplies_it_by_reference_code(monkeypatch, is_arm, features):
+    """Though oneDNN says that it supports float16 there."""
+    supported = SimpleNamespace(
+        _linear_pointwise=None, _is_mkldnn_bf16_supported=lambda: True, _is_mkldnn_fp16_supported=lambda: True
+    )
+    monkeypatch.setattr(torch.ops, "mkldnn", supported)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(selective_scan, "_IS_ARM", is_arm)
+    monkeypatch.setattr(selective_scan, "cpuinfo", lambda: f"processor\t: 0\nFeatures\t: {features}\n")
+    has_float16 = not is_arm or "asimdfhm" in features
+    expected = (torch.float32, torch.bfloat16) + (torch.float16,) * has_float16
+    assert selective_scan._onednn_dtypes() == expected
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")

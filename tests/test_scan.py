@@ -287,9 +287,12 @@ def test_autocast_changes_nothing(form, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_convolution_in_half_precision_without_onednn(monkeypatch, dtype, autocast):
+@pytest.mark.parametrize("lacks", ["oneDNN", "oneDNN's fast code, as an ARM does"])
+def test_convolution_in_half_precision_without_onednn(monkeypatch, dtype, autocast, lacks):
     """In float32 up to the end, also under autocast; compiled, it stays one graph."""
-    monkeypatch.setattr(scan_module, "ONEDNN_DTYPES", (torch.float32,))
+    monkeypatch.setattr(scan_module, "ONEDNN_DTYPES", (torch.float32, *(() if lacks == "oneDNN" else (dtype,))))
+    monkeypatch.setattr(scan_module, "_IS_ARM", lacks != "oneDNN")
+    torch.compiler.reset()  # of one function torch compiles a few forms only
     x, weight = torch.randn(2, 49, 16).to(dtype), torch.randn(16, 1, 3).to(dtype)
     exact = F.silu(F.conv1d(x.double().transpose(1, 2), weight.double(), padding=1, groups=16)).transpose(1, 2)
     with torch.autocast("cpu", dtype, enabled=autocast):

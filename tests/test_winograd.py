@@ -32,6 +32,13 @@ def error(y: torch.Tensor, x: torch.Tensor, conv: nn.Conv2d, gelu: str | None = 
     return ((y - expected).abs().max() / expected.std()).item()
 
 
+@pytest.fixture(params=["MKL", "another BLAS"])
+def blas(request, monkeypatch):
+    """Which the filters are transformed for, in an order of their own."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: request.param == "MKL")
+
+
+@pytest.mark.usefixtures("blas")
 @pytest.mark.parametrize("piece", [1, 2**10, 2**13, 2**19])  # single rows of tiles, several, several images, all
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gelu", GELUS)
@@ -60,11 +67,22 @@ def test_errors_are_a_few_times_those_of_the_direct_sum():
     assert ours < 10 * error(conv(x), x, conv)
 
 
+@pytest.mark.usefixtures("blas")
 def test_any_layout_of_map_and_filters():
     conv, whole = layer(8, 8), map_of(2, 16, 20, 20)
     for x in (whole[:, :8, 3:17, ::2], whole[:, :8, 3:17, ::2].contiguous(memory_format=torch.channels_last)):
         for weight in (conv.weight, conv.weight.contiguous(memory_format=torch.channels_last)):
             assert error(winograd_convolution(x, winograd_filters(weight), conv.bias), x, conv) < 1e-5
+
+
+@pytest.mark.parametrize("length", [1, 8])
+def test_filters_take_one_call_without_a_product_of_batches(length, monkeypatch):
+    """Torch makes a call of each matrix then."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    with torch.profiler.profile() as profile:
+        winograd_filters(layer(length, 8).weight)
+    called = {event.key: event.count for event in profile.key_averages()}
+    assert called["aten::mm"] == 1 and "aten::bmm" not in called and "aten::copy_" not in called
 
 
 @pytest.mark.parametrize("gelu", GELUS)
