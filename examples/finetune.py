@@ -96,7 +96,9 @@ def check_checkpoint(checkpoint: Path, classes: list[str], recipe: dict) -> None
     """Raises a ValueError where it was trained on other classes (LoRA's does not name them) or by another optimizer."""
     config, earlier = checkpoint / "config.json", checkpoint.parent / "recipe.json"
     try:
-        labels = json.loads(config.read_text())["id2label"] if config.exists() else dict(enumerate(classes))
+        labels = (
+            json.loads(config.read_text(encoding="utf-8"))["id2label"] if config.exists() else dict(enumerate(classes))
+        )
     except (ValueError, KeyError) as error:
         raise ValueError(f"{config} is damaged: delete {checkpoint} to go on from the one before") from error
     if list(labels.values()) != classes:

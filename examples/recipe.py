@@ -92,7 +92,7 @@ def read(path: Path | None, changes: list[str]) -> dict:
         ValueError: no JSON, a setting that does not exist, or a value that it cannot have; the message names it.
     """
     try:
-        recipe = {} if path is None else json.loads(path.read_text())
+        recipe = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(recipe, dict):

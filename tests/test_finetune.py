@@ -397,6 +397,16 @@ def test_unreadable_images_are_named_whatever_they_are_called(tmp_path, capfd):
     assert capfd.readouterr().err.count("skipped") == 1
 
 
+def test_a_recipe_is_utf8_whatever_the_locale(tmp_path):
+    """Windows's is not."""
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"notes": ["größer"], "seed": 3}, ensure_ascii=False), encoding="utf-8")
+    code = "import pathlib, sys; sys.path.append(sys.argv[1]); import recipe\n"
+    code += "print(recipe.read(pathlib.Path(sys.argv[2]), []))"
+    done = run_python(code, EXAMPLES, path, LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert "'seed': 3" in done.stdout
+
+
 def recipe_and_log(name: str) -> tuple[dict, list[dict], str]:
     """Settings, log and notes of a recipe of this repository, the log being that of these settings."""
     path = EXAMPLES / "recipes" / f"{name}.json"

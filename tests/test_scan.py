@@ -323,7 +323,8 @@ def test_convolution_of_recorded_and_of_other_tokens(length):
         assert scan_module.silu_convolve(x, weight).dtype == torch.bfloat16
     with torch.profiler.profile() as profile:  # rounded once, not after each tap
         scan_module.silu_convolve(x.bfloat16(), weight.bfloat16())
-    assert "aten::conv2d" in {event.key for event in profile.key_averages()}
+    is_fast = torch.bfloat16 in scan_module.ONEDNN_DTYPES and not scan_module._IS_ARM
+    assert ("aten::conv2d" in {event.key for event in profile.key_averages()}) == is_fast
 
 
 def test_compiled_convolution_is_pointwise():
