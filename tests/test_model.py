@@ -375,7 +375,7 @@ def test_the_bias_of_dt_proj_counts_twice_whatever_stands_there(change, monkeypa
     """Read from the layer where it is the model's own, else asked of what is in its place."""
     weights, forward, product = [], StepProjection.forward, F.linear
     monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: weights.append(weight) or product(x, weight, bias))
-    mixer, x = MambaVisionMixer(32), torch.randn(2, 9, 32)
+    mixer, x = MambaVisionMixer(32).double(), torch.randn(2, 9, 32, dtype=torch.float64)
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.5)
     expected, own, more = copy.deepcopy(mixer), mixer.dt_proj, 0
