@@ -95,7 +95,7 @@ def cpuinfo() -> str:
         return ""
 
 
-_IS_ARM = platform.machine() in ("aarch64", "arm64")
+_IS_ARM = platform.machine().lower() in ("aarch64", "arm64")
 
 
 def _onednn_dtypes() -> tuple[torch.dtype, ...]:
@@ -106,7 +106,7 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
     }
-    if _IS_ARM and "asimdfhm" not in cpuinfo():  # its products are oneDNN's reference code then, a hundred times slower
+    if _IS_ARM and "asimdfhm" not in cpuinfo():  # oneDNN then multiplies it by its slow reference code
         has[torch.float16] = False
     return tuple(dtype for dtype in has if has[dtype])
 
