@@ -9,7 +9,9 @@ In float32 the rounding errors are about five times those of the direct sum: 1e-
 """
 
 import functools
+import os
 import threading
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -27,6 +29,7 @@ PIECE = 2**19
 # What the rest costs, in multiplications of a direct convolution in the same time (measured with AVX-512, 2 threads):
 # a channel of a tile, a number of the filters, and a call
 TILE_COST, FILTER_COST, CALL_COST = 3400, 1800, 1e7
+SHARED_CACHE = "/sys/devices/system/cpu/cpu{}/cache/index3/shared_cpu_list"  # which cores have that core's cache
 
 
 @functools.cache
@@ -53,6 +56,8 @@ def winograd_pays(x: Tensor, conv: nn.Conv2d, is_prepared: bool) -> bool:
     """
     if x.dtype != torch.float32 or conv.groups != 1 or not _products_are_exact():
         return False
+    if torch.get_num_threads() > 1 and not _cores_share_a_cache():
+        return False
     if (conv.kernel_size, conv.stride, conv.padding, conv.dilation) != ((3, 3), (1, 1), (1, 1), (1, 1)):
         return False
     B, C, H, W = x.shape
@@ -66,6 +71,19 @@ def _products_are_exact() -> bool:
     """Whether torch may not round the factors of products in float32, whose errors the transforms would multiply."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
     return matmul.fp32_precision in ("none", "ieee") if matmul else torch.get_float32_matmul_precision() == "highest"
+
+
+@functools.cache
+def _cores_share_a_cache() -> bool:
+    """Whether this process runs on cores of one last-level cache, as far as Linux tells.
+
+    Threads hand each other what they transformed. Between two chiplets of an AMD, each with a cache of its own, that
+    doubled the time, and made it longer than that of the direct convolution, which took the same on both.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return True
+    files = [Path(SHARED_CACHE.format(core)) for core in os.sched_getaffinity(0)]
+    return len({file.read_text() for file in files if file.exists()}) <= 1
 
 
 def winograd_filters(weight: Tensor) -> Tensor:

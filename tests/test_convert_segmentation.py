@@ -448,6 +448,7 @@ def test_the_heads_convolutions_are_faster_and_the_same(small_model, monkeypatch
     """In inference; with gradients they are torch's own."""
     monkeypatch.setattr(fusion_mambavision, "_LEAST_MAP", 0)
     monkeypatch.setattr(winograd, "CALL_COST", math.inf if algorithm == "direct" else -math.inf)
+    monkeypatch.setattr(winograd, "_cores_share_a_cache", lambda: True)
     monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: True)
     for module in small_model.modules():
         if isinstance(module, nn.BatchNorm2d):

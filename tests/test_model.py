@@ -449,6 +449,7 @@ def any_size_pays(request, monkeypatch):
     monkeypatch.setattr(fusion_mambavision, "_LEAST_MAP", 0)
     monkeypatch.setattr(fusion_mambavision, "_LEAST_USES", 0)
     monkeypatch.setattr(winograd, "CALL_COST", math.inf if request.param == "direct" else -math.inf)
+    monkeypatch.setattr(winograd, "_cores_share_a_cache", lambda: True)
     return request.param
 
 

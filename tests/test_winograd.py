@@ -12,6 +12,13 @@ from repository.winograd import winograd_convolution, winograd_filters, winograd
 
 # the approximations of a GELU that follows, which is oneDNN's, or none
 GELUS = (None, "tanh", "none") if torch.backends.mkldnn.is_available() else (None,)
+CORES_SHARE_A_CACHE = winograd._cores_share_a_cache.__wrapped__
+
+
+@pytest.fixture(autouse=True)
+def one_cache(monkeypatch):
+    """Of the cores, whatever machine this is."""
+    monkeypatch.setattr(winograd, "_cores_share_a_cache", lambda: True)
 
 
 def layer(C: int, K: int, **settings) -> nn.Conv2d:
@@ -136,6 +143,27 @@ def test_pays_for_wide_convolutions_of_large_maps_alone():
                      dict(padding="same")):  # fmt: skip
         assert not pays(160, 160, 8, 28, **settings)
     assert not pays(160, 160, 8, 28, dtype=torch.bfloat16)
+
+
+def test_cores_of_one_cache(monkeypatch, tmp_path):
+    """It does not pay where threads would write into each other's caches."""
+    monkeypatch.setattr(winograd, "SHARED_CACHE", str(tmp_path / "cpu{}"))
+    monkeypatch.setattr(winograd, "_cores_share_a_cache", CORES_SHARE_A_CACHE)
+    x, conv, cores = torch.empty(8, 160, 28, 28), layer(160, 160), {0, 1, 16}
+    monkeypatch.setattr(winograd.os, "sched_getaffinity", lambda process: cores, raising=False)
+
+    def pays(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return winograd_pays(x, conv, True)
+
+    assert pays(2)  # where nothing is told of caches
+    for core, shared in ((0, "0-7"), (1, "0-7"), (16, "16-23")):
+        (tmp_path / f"cpu{core}").write_text(shared + "\n")
+    assert pays(1) and not pays(2)
+    cores.discard(16)
+    assert pays(2)
+    monkeypatch.delattr(winograd.os, "sched_getaffinity")
+    assert pays(2)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
