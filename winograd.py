@@ -11,6 +11,7 @@ In float32 the rounding errors are about five times those of the direct sum: 1e-
 import functools
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -82,8 +83,11 @@ def _cores_share_a_cache() -> bool:
     """
     if not hasattr(os, "sched_getaffinity"):
         return True
-    files = [Path(SHARED_CACHE.format(core)) for core in os.sched_getaffinity(0)]
-    return len({file.read_text() for file in files if file.exists()}) <= 1
+    caches = set()
+    for core in os.sched_getaffinity(0):
+        with suppress(OSError):  # which Linux may keep to itself
+            caches.add(Path(SHARED_CACHE.format(core)).read_text())
+    return len(caches) <= 1
 
 
 def winograd_filters(weight: Tensor) -> Tensor:

@@ -160,7 +160,12 @@ def test_cores_of_one_cache(monkeypatch, tmp_path):
     for core, shared in ((0, "0-7"), (1, "0-7"), (16, "16-23")):
         (tmp_path / f"cpu{core}").write_text(shared + "\n")
     assert pays(1) and not pays(2)
-    cores.discard(16)
+    (tmp_path / "cpu16").unlink()
+    (tmp_path / "cpu16").mkdir()  # nor can it be read
+    assert pays(2)
+    (tmp_path / "cpu1").write_text("1-15\n")
+    assert not pays(2)
+    cores.discard(1)
     assert pays(2)
     monkeypatch.delattr(winograd.os, "sched_getaffinity")
     assert pays(2)
