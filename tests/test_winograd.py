@@ -82,12 +82,12 @@ def test_any_layout_of_map_and_filters():
             assert error(winograd_convolution(x, winograd_filters(weight), conv.bias), x, conv) < 1e-5
 
 
-@pytest.mark.parametrize("length", [1, 8])
-def test_filters_take_one_call_without_a_product_of_batches(length, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 8])
+def test_filters_take_one_call_without_a_product_of_batches(channels, monkeypatch):
     """Torch makes a call of each matrix then."""
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     with torch.profiler.profile() as profile:
-        winograd_filters(layer(length, 8).weight)
+        winograd_filters(layer(channels, 8).weight)
     called = {event.key: event.count for event in profile.key_averages()}
     assert called["aten::mm"] == 1 and "aten::bmm" not in called and "aten::copy_" not in called
 
@@ -146,20 +146,20 @@ def test_pays_for_wide_convolutions_of_large_maps_alone():
 
 
 def test_cores_of_one_cache(monkeypatch, tmp_path):
-    """It does not pay where threads would write into each other's caches."""
+    """Where threads write into each other's caches it pays for very wide convolutions alone."""
     monkeypatch.setattr(winograd, "SHARED_CACHE", str(tmp_path / "cpu{}"))
     monkeypatch.setattr(winograd, "_cores_share_a_cache", CORES_SHARE_A_CACHE)
-    x, conv, cores = torch.empty(8, 160, 28, 28), layer(160, 160), {0, 1, 16}
+    cores = {0, 1, 16}
     monkeypatch.setattr(winograd.os, "sched_getaffinity", lambda process: cores, raising=False)
 
-    def pays(threads):
+    def pays(threads, C=160):
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        return winograd_pays(x, conv, True)
+        return winograd_pays(torch.empty(8, C, 28, 28), layer(C, C), True)
 
     assert pays(2)  # where nothing is told of caches
     for core, shared in ((0, "0-7"), (1, "0-7"), (16, "16-23")):
         (tmp_path / f"cpu{core}").write_text(shared + "\n")
-    assert pays(1) and not pays(2)
+    assert pays(1) and not pays(2) and pays(2, 256)
     (tmp_path / "cpu16").unlink()
     (tmp_path / "cpu16").mkdir()  # nor can it be read
     assert pays(2)
