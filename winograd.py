@@ -28,9 +28,11 @@ POINTS = (0.0, 0.625, -0.625, 1.5, -1.5)
 # Transformed numbers for each thread at a time: few enough for its cache, enough for its matrix products
 PIECE = 2**19
 # What the rest costs, in multiplications of a direct convolution in the same time (measured with AVX-512, 2 threads):
-# a channel of a tile, a number of the filters, and a call
-TILE_COST, FILTER_COST, CALL_COST = 3400, 1800, 1e7
-TILE_COST_OF_SEVERAL_CACHES = 12000  # where the threads have no last-level cache in common
+# a channel of a tile, a number of the filters, and a call. The first is 3400 where the threads have a last-level cache
+# in common, but a virtual machine may move them apart for a while without a sign of it; so it is taken as more, and
+# layers that would gain little are left alone.
+TILE_COST, FILTER_COST, CALL_COST = 4800, 1800, 1e7
+TILE_COST_OF_SEVERAL_CACHES = 12000  # where the threads have none in common
 SHARED_CACHE = "/sys/devices/system/cpu/cpu{}/cache/index3/shared_cpu_list"  # which cores have that core's cache
 
 
