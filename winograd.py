@@ -27,12 +27,12 @@ PATCH = TILE + KERNEL - 1
 POINTS = (0.0, 0.625, -0.625, 1.5, -1.5)
 # Transformed numbers for each thread at a time: few enough for its cache, enough for its matrix products
 PIECE = 2**19
+MIN_TILES = 256  # but no fewer tiles: each piece reads all filters, megabytes of them
 # What the rest costs, in multiplications of a direct convolution in the same time (measured with AVX-512, 2 threads):
-# a channel of a tile, a number of the filters, and a call. The first is 3400 where the threads have a last-level cache
-# in common, but a virtual machine may move them apart for a while without a sign of it; so it is taken as more, and
-# layers that would gain little are left alone.
-TILE_COST, FILTER_COST, CALL_COST = 4800, 1800, 1e7
-TILE_COST_OF_SEVERAL_CACHES = 12000  # where the threads have none in common
+# a channel of a tile, a number of the filters, and a call. The first is a tenth more than measured, which leaves alone
+# the layers that gain little: a virtual machine may move its cores apart for a while, and gives no sign of it.
+TILE_COST, FILTER_COST, CALL_COST = 5300, 1500, 1e7
+TILE_COST_OF_SEVERAL_CACHES = 10000  # where the threads have no last-level cache in common
 SHARED_CACHE = "/sys/devices/system/cpu/cpu{}/cache/index3/shared_cpu_list"  # which cores have that core's cache
 
 
@@ -124,9 +124,9 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     y = x.new_empty(B, rows * TILE, columns * TILE, K)
     tiles = y.view(B, rows, TILE, columns, TILE, K).permute(2, 4, 0, 1, 3, 5)  # (4, 4, B, rows, columns, K)
 
-    # as many images at a time, or rows of tiles of one image, as a piece holds
-    count = max(1, PIECE * min(torch.get_num_threads(), 16) // (PATCH**2 * max(C, K)))
-    images, strip = min(B, max(1, count // (rows * columns))), min(rows, max(1, count // columns))
+    # as many images at a time, or rows of tiles of one image, as a piece holds, and about as many in the last one
+    count = max(MIN_TILES, PIECE * min(torch.get_num_threads(), 16) // (PATCH**2 * max(C, K)))
+    images, strip = _evenly(B, count // (rows * columns)), _evenly(rows, count // columns)
     count = images * strip * columns
     one, two = _scratch(2 * PATCH**2 * count * max(C, K)).chunk(2)  # in turn what is read and what is written
     from_inputs, _, to_outputs = _transforms()
@@ -156,6 +156,11 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     return y.permute(0, 3, 1, 2)
 
 
+def _evenly(total: int, most: int) -> int:
+    """The size of equal parts, but for the last, of as few as hold no more than `most` each, and at least one."""
+    return -(-total // -(-total // max(1, most)))
+
+
 def _patches(x: Tensor, row: int, rows: int, columns: int) -> Tensor:
     """The patches (6, 6, B, rows, columns, C) of some rows of tiles of (B, H, W, C), with zeros around it."""
     top, bottom = row * TILE - 1, (row + rows) * TILE + 1
@@ -168,7 +173,7 @@ _threads = threading.local()
 
 
 def _scratch(size: int) -> Tensor:
-    """Memory of each thread that is kept, 4 MiB for each core that it uses and more for very wide maps: new memory
+    """Memory of each thread that is kept, 4 MiB for each core that it uses, and more for very wide maps: new memory
     would be fetched from the system at every call, page by page."""
     if getattr(_threads, "scratch", None) is None or _threads.scratch.numel() < size:
         with torch.inference_mode(False):

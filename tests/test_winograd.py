@@ -62,6 +62,7 @@ def blas(request, monkeypatch):
 )
 def test_equals_the_direct_sum(shape, K, bias, gelu, piece, monkeypatch):
     monkeypatch.setattr(winograd, "PIECE", piece)
+    monkeypatch.setattr(winograd, "MIN_TILES", 1)
     x, conv = map_of(*shape), layer(shape[1], K, bias=bias)
     y = winograd_convolution(x, winograd_filters(conv.weight), conv.bias, gelu)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -91,6 +92,25 @@ def test_filters_take_one_call_without_a_product_of_batches(channels, monkeypatc
         winograd_filters(layer(channels, 8).weight)
     called = {event.key: event.count for event in profile.key_averages()}
     assert called["aten::mm"] == 1 and "aten::bmm" not in called and "aten::copy_" not in called
+
+
+@pytest.mark.parametrize(
+    "shape, tiles",
+    [
+        ((8, 2, 28, 28), [4 * 49, 4 * 49]),
+        ((11, 2, 28, 28), [4 * 49, 4 * 49, 3 * 49]),
+        ((1, 2, 80, 80), [10 * 20, 10 * 20]),
+        ((1, 2, 8, 1200), [300, 300]),
+    ],
+)
+def test_pieces_are_even_and_not_too_small(shape, tiles, monkeypatch):
+    """All filters are read for each."""
+    monkeypatch.setattr(winograd, "PIECE", 1)
+    x, conv = map_of(*shape), layer(2, 2)
+    weight = winograd_filters(conv.weight)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        winograd_convolution(x, weight, conv.bias)
+    assert [event.input_shapes[0][1] for event in profile.events() if event.name == "aten::bmm"] == tiles
 
 
 @pytest.mark.parametrize("gelu", GELUS)
