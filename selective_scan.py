@@ -50,13 +50,12 @@ HALVES = (torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
 
 # Elements of each of the two buffers that a block of the sequence works in: 2 MiB of float32, which the cores' caches
-# still hold, and enough for several threads to share each operator. Half of it took a third longer on two cores.
+# still hold. Half of it took a third longer on two cores; twice as much is better where threads share the recurrence.
 _BLOCK_ELEMENTS = 2**19
 _LOG2_E = math.log2(math.e)
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
 _LEAST_STEPS = 16
-# Elements of a step (batch x states x channels) up to which fewer and larger operators, on two cores, are worth three
-# operations for each in place of one
+# Elements of a step (batch x states x channels) up to which one thread gains by fewer operators too
 _SMALL_STEP = 2560
 # Both on a GPU, where each operator costs a launch of some 10 us, in which a slow one moves 3 MB: worked out, not timed
 _GPU_BLOCK_ELEMENTS, _GPU_SMALL_STEP = 2**24, 2**15
@@ -309,11 +308,13 @@ def _causal_conv1d(x: Tensor, weight: Tensor) -> Tensor:
 # in the cache.
 #
 # exp(delta A) and delta B u are computed for the whole run at once; then each step costs one fused multiply-add over
-# (batch, states, channels), and one small matrix product per step turns the states into outputs. The last state
-# carries over to the next run. Memory beyond the output does not grow with the length. The backward pass keeps only
-# the state at the start of each run, walks the runs from the last to the first and recomputes the rest.
+# (batch, states, channels), or several chunks of steps are taken together; and one small matrix product per step turns
+# the states into outputs. The last state carries over to the next run. Memory beyond the output does not grow with the
+# length. The backward pass keeps only the state at the start of each run, walks the runs from the last to the first and
+# recomputes the rest.
 #
-# Buffers are (step, batch, states, channels): every step is then one contiguous piece.
+# Buffers are (step, batch, states, channels), in this order in memory: every step is then one contiguous piece, and of
+# each operator on whole runs a thread gets the same steps.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -354,12 +355,13 @@ def _blocked_forward(
         y_, *inputs = _by_steps(tile, y, u, dt, B, C)
         decay_, h_ = _Buffer(decay, tile), _Buffer(h, tile)
         h_.whole[0].zero_()
+        in_chunks = _is_worth_chunks(h_.whole[0], is_training=save_states)
         for index, run in enumerate(_slices(length, block)):
             x, dt_, B_, C_ = (tensor[run].to(dtype) for tensor in inputs)
             if save_states:
                 starts[index, tile] = h_.whole[0]
-            delta = F.softplus(dt_ + dt_bias)
-            _run_block(delta, delta * x, A_log2e, B_, decay_, h_, keeps_decay=False)
+            delta = F.softplus(_add_by_steps(dt_, dt_bias))
+            _run_block(delta, delta * x, A_log2e, B_, decay_, h_, in_chunks)
             out = torch.matmul(C_.unsqueeze(-2), h_.whole[1 : len(x) + 1]).squeeze(-2)
             torch.addcmul(out, x, D, out=y_[run])
             h_.whole[0].copy_(h_.whole[len(x)])
@@ -394,7 +396,7 @@ def _blocked_backward(
             delta = F.softplus(pre)
             delta_x = delta * x
             h_.steps[0].copy_(starts[index, tile])
-            _run_block(delta, delta_x, A_log2e, B_, decay_, h_, keeps_decay=True)
+            _run_block(delta, delta_x, A_log2e, B_, decay_, h_, in_chunks=False)
             a, before, after = decay_.whole[:steps], h_.whole[:steps], h_.whole[1 : steps + 1]
 
             # grad_h[t] = C[t] grad_y[t] + decay[t+1] grad_h[t+1]
@@ -435,9 +437,9 @@ class _Buffer:
 
 
 def _run_block(
-    delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay: _Buffer, h: _Buffer, keeps_decay: bool
+    delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay: _Buffer, h: _Buffer, in_chunks: bool
 ) -> None:
-    """Fills `decay`, and `h` after its first step, which is where the states start.
+    """Fills `h` after its first step, which is where the states start, and `decay`, which chunks use up.
 
     delta, delta_x (steps, batch, channels); A times log2(e) (states, channels); B (steps, batch, states).
     """
@@ -445,34 +447,53 @@ def _run_block(
     # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
     torch.mul(delta.unsqueeze(-2), A_log2e, out=decay.whole[:steps]).exp2_()
     torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=h.whole[1 : steps + 1])
-    if not keeps_decay and h.whole[0].numel() <= (_SMALL_STEP if delta.device.type == "cpu" else _GPU_SMALL_STEP):
+    if in_chunks:
         _recur_in_chunks(decay.whole[:steps], h.whole[: steps + 1])
         return
     for t in range(steps):
         h.steps[t + 1].addcmul_(decay.steps[t], h.steps[t])
 
 
+def _is_worth_chunks(step: Tensor, is_training: bool) -> bool:
+    """Whether fewer and larger operators, three for each in place of one, are faster than one for each step."""
+    largest = _SMALL_STEP if step.device.type == "cpu" else _GPU_SMALL_STEP
+    return step.numel() <= largest or _is_shared(step, is_training)
+
+
+def _is_shared(tensor: Tensor, is_training: bool) -> bool:
+    """Whether the recurrence is shared by several threads, for which a single step is too small."""
+    return tensor.device.type == "cpu" and torch.get_num_threads() > 1 and not is_training
+
+
 def _recur_in_chunks(decay: Tensor, h: Tensor) -> None:
     """h[t + 1] += decay[t] h[t], t = 0, 1, ..., in 3 to 4 sqrt(steps) larger operators instead of one for each step.
 
-    All chunks of steps at once, each from a state of zero; then, chunk after chunk, what the state before adds.
-    `decay` becomes its products since the start of the chunk.
+    All chunks of steps at once, each from a state of zero; then what the state before each of them adds. `decay`
+    becomes its products since the start of the chunk. The operators are large enough for several threads, each of
+    which gets the steps that it got in the operators before: what another core has written would come slowly.
     """
     steps = len(decay)
     size = math.isqrt(steps)
     chunks = steps // size
     whole = chunks * size
-    h[1].addcmul_(decay[0], h[0])
     h_of, decay_of = (x.unflatten(0, (chunks, size)) for x in (h[1 : whole + 1], decay[:whole]))
     h_at, decay_at = h_of.unbind(1), decay_of.unbind(1)  # of all chunks, at one of their steps
     for t in range(1, size):
         h_at[t].addcmul_(decay_at[t], h_at[t - 1])
         decay_at[t].mul_(decay_at[t - 1])
-    h_in, decay_in, last = h_of.unbind(0), decay_of.unbind(0), h_at[-1].unbind(0)
+    starts = h.new_empty(chunks, *h.shape[1:])
+    start, end, end_decay = (x.unbind(0) for x in (starts, h_at[-1], decay_at[-1]))
+    start[0].copy_(h[0])
     for k in range(1, chunks):
-        h_in[k].addcmul_(decay_in[k], last[k - 1])
+        torch.addcmul(end[k - 1], end_decay[k - 1], start[k - 1], out=start[k])
+    h_of.addcmul_(decay_of, starts.unsqueeze(1))
     for t in range(whole, steps):
         h[t + 1].addcmul_(decay[t], h[t])
+
+
+def _add_by_steps(x: Tensor, bias: Tensor) -> Tensor:
+    """x + bias, where x (steps, batch, channels) need not lie in that order in memory, but the result does."""
+    return torch.add(x, bias, out=x.new_empty(x.shape))
 
 
 def _by_steps(tile: slice, *tensors: Tensor) -> list[Tensor]:
@@ -491,6 +512,8 @@ def _tile(u: Tensor, states: int, is_training: bool) -> tuple[int, int, int]:
     most = _BLOCK_ELEMENTS if u.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
     if is_training:  # the backward pass has a third buffer; 3 % of its time for a fifth of its memory
         most = most * 3 // 4
+    elif _is_shared(u, is_training):
+        most = most * 2
     rows = max(1, min(batch, most // (row * min(max(length, 1), _LEAST_STEPS))))
     rows = max(1, -(-batch // max(1, -(-batch // rows))))  # the same for all tiles
     blocks = -(-length // max(1, most // (row * rows)))

@@ -75,7 +75,8 @@ def test_steps_in_a_loop_and_in_chunks_give_the_same(monkeypatch, length, batch)
     monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 2 * 16 * 8 * 20)  # of three sequences two at a time, then one
     inputs = random_inputs(batch, length, 20)
     expected = sequential_float64(*inputs)
-    for largest in (0, 2**30):
+    for threads, largest in ((1, 0), (1, 2**30), (2, 0)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         monkeypatch.setattr(scan_module, "_SMALL_STEP", largest)
         assert relative_error(selective_scan(*inputs), expected) < TOLERANCE[torch.float64]
 
@@ -199,6 +200,7 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize(("batch", "times"), [(8, 3), (128, 6)])
 def test_sizes_of_other_devices(monkeypatch, batch, times):
     """Each operator costs a launch there, whatever its size: so many times fewer of them, and the same numbers."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     inputs = random_inputs(batch, 196, 160, dtype=torch.float32)
     expected, counts = selective_scan_reference(*inputs), []
     for kind in ("", "_GPU"):
@@ -209,6 +211,15 @@ def test_sizes_of_other_devices(monkeypatch, batch, times):
         counts.append(counted.count)
         assert relative_error(value, expected) < TOLERANCE[torch.float32]
     assert counts[0] > times * counts[1]
+
+
+@pytest.mark.parametrize(("threads", "least", "most"), [(1, 196, 220), (2, 0, 80), (64, 0, 80)])
+def test_threads_share_large_operators(monkeypatch, threads, least, most):
+    """A single step is too small for that."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with Count() as counted:
+        scan_module._blocked_forward(*random_inputs(8, 196, 160, dtype=torch.float32), False)
+    assert least < counted.count < most
 
 
 class PassingOn(TorchFunctionMode):
