@@ -28,9 +28,10 @@ POINTS = (0.0, 0.625, -0.625, 1.5, -1.5)
 # Transformed numbers for each thread at a time: few enough for its cache, enough for its matrix products
 PIECE = 2**19
 MIN_TILES = 256  # but no fewer tiles: each piece reads all filters, megabytes of them
+LARGEST_PIECE = 2**23  # in all, for two of them are kept: 64 MiB
 # What the rest costs, in multiplications of a direct convolution in the same time (measured with AVX-512, 2 threads):
-# a channel of a tile, a number of the filters, and a call. The first is a tenth more than measured, which leaves alone
-# the layers that gain little: a virtual machine may move its cores apart for a while, and gives no sign of it.
+# a channel of a tile, a number of the filters, and a call. The first is a tenth more than of 128 to 196 channels, which
+# leaves alone the layers that gain little: a virtual machine may move its cores apart for a while without a sign of it.
 TILE_COST, FILTER_COST, CALL_COST = 5300, 1500, 1e7
 TILE_COST_OF_SEVERAL_CACHES = 10000  # where the threads have no last-level cache in common
 SHARED_CACHE = "/sys/devices/system/cpu/cpu{}/cache/index3/shared_cpu_list"  # which cores have that core's cache
@@ -125,10 +126,11 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     tiles = y.view(B, rows, TILE, columns, TILE, K).permute(2, 4, 0, 1, 3, 5)  # (4, 4, B, rows, columns, K)
 
     # as many images at a time, or rows of tiles of one image, as a piece holds, and about as many in the last one
-    count = max(MIN_TILES, PIECE * min(torch.get_num_threads(), 16) // (PATCH**2 * max(C, K)))
+    width = PATCH**2 * max(C, K)
+    count = min(max(PIECE * torch.get_num_threads(), MIN_TILES * width), LARGEST_PIECE) // width
     images, strip = _evenly(B, count // (rows * columns)), _evenly(rows, count // columns)
     count = images * strip * columns
-    one, two = _scratch(2 * PATCH**2 * count * max(C, K)).chunk(2)  # in turn what is read and what is written
+    one, two = _scratch(2 * count * width).chunk(2)  # in turn what is read and what is written
     from_inputs, _, to_outputs = _transforms()
     biases = None if gelu is None or bias is None else bias.expand(count, K).contiguous().view(-1)  # dense, for oneDNN
     for image in range(0, B, images):
@@ -173,8 +175,8 @@ _threads = threading.local()
 
 
 def _scratch(size: int) -> Tensor:
-    """Memory of each thread that is kept, 4 MiB for each core that it uses, and more for very wide maps: new memory
-    would be fetched from the system at every call, page by page."""
+    """Memory of each thread that is kept, 4 MiB for each core that it uses, and more for wide maps, but 64 MiB at most
+    where a row of tiles is no more: new memory would be fetched from the system at every call, page by page."""
     if getattr(_threads, "scratch", None) is None or _threads.scratch.numel() < size:
         with torch.inference_mode(False):
             _threads.scratch = torch.empty(size, dtype=torch.float32, device="cpu")

@@ -95,17 +95,19 @@ def test_filters_take_one_call_without_a_product_of_batches(channels, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "shape, tiles",
+    "shape, largest, tiles",
     [
-        ((8, 2, 28, 28), [4 * 49, 4 * 49]),
-        ((11, 2, 28, 28), [4 * 49, 4 * 49, 3 * 49]),
-        ((1, 2, 80, 80), [10 * 20, 10 * 20]),
-        ((1, 2, 8, 1200), [300, 300]),
+        ((8, 2, 28, 28), 2**23, [4 * 49, 4 * 49]),
+        ((11, 2, 28, 28), 2**23, [4 * 49, 4 * 49, 3 * 49]),
+        ((1, 2, 80, 80), 2**23, [10 * 20, 10 * 20]),
+        ((1, 2, 8, 1200), 2**23, [300, 300]),
+        ((3, 2, 28, 28), 36 * 2 * 60, [49, 49, 49]),  # which takes no more than 60 tiles
     ],
 )
-def test_pieces_are_even_and_not_too_small(shape, tiles, monkeypatch):
+def test_pieces_are_even_and_not_too_small(shape, largest, tiles, monkeypatch):
     """All filters are read for each."""
     monkeypatch.setattr(winograd, "PIECE", 1)
+    monkeypatch.setattr(winograd, "LARGEST_PIECE", largest)
     x, conv = map_of(*shape), layer(2, 2)
     weight = winograd_filters(conv.weight)
     with torch.profiler.profile(record_shapes=True) as profile:
