@@ -25,6 +25,7 @@ import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +50,19 @@ HALVES = (torch.bfloat16, torch.float16)
 
 _log = logging.getLogger(__name__)
 
-# Elements of each of the two buffers that a block of the sequence works in: 2 MiB of float32, which the cores' caches
-# still hold. Half of it took a third longer on two cores; twice as much is better where threads share the recurrence.
-_BLOCK_ELEMENTS = 2**19
 _LOG2_E = math.log2(math.e)
+# Elements of one step of all chunks for each thread, two of which stay in its core's cache
+_SLICE_ELEMENTS = 2**16
+# Fewer chunks than this gain less than it costs to compute their decays twice
+_LEAST_CHUNKS = 4
+# Elements up to which the decays are rather kept: 8 MiB of float32
+_KEPT_ELEMENTS = 2**18
+# Elements of each of the three buffers that the backward pass works in: 1.5 MiB of float32
+_BLOCK_ELEMENTS = 3 * 2**17
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
 _LEAST_STEPS = 16
-# Elements of a step (batch x states x channels) up to which one thread gains by fewer operators too
-_SMALL_STEP = 2560
-# Both on a GPU, where each operator costs a launch of some 10 us, in which a slow one moves 3 MB: worked out, not timed
-_GPU_BLOCK_ELEMENTS, _GPU_SMALL_STEP = 2**24, 2**15
+# On a GPU, where each operator costs a launch of some 10 us, in which a slow one moves 3 MB: worked out, not timed
+_GPU_SLICE_ELEMENTS, _GPU_BLOCK_ELEMENTS = 2**22, 2**24
 
 
 def _touch_constants() -> None:
@@ -304,17 +308,16 @@ def _causal_conv1d(x: Tensor, weight: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The blocked scan: a few sequences and a run of their steps at a time, so few that all that is computed for them stays
-# in the cache.
+# The scan in plain torch, in chunks of steps that all go on together.
 #
-# exp(delta A) and delta B u are computed for the whole run at once; then each step costs one fused multiply-add over
-# (batch, states, channels), or several chunks of steps are taken together; and one small matrix product per step turns
-# the states into outputs. The last state carries over to the next run. Memory beyond the output does not grow with the
-# length. The backward pass keeps only the state at the start of each run, walks the runs from the last to the first and
-# recomputes the rest.
+# One step of a sequence is too small for an operator, and all steps at once are too large for the caches. So sequences
+# are cut into as many chunks as make one step of all of them a good size, (chunks, batch, states, channels), and the
+# chunks are walked twice: from a state of zero, for what each adds to the state that it starts with; then, those states
+# known, for the outputs, which one small matrix product per step makes of the states. Of every operator a thread gets
+# the same chunks, and memory beyond the output hardly grows with the length.
 #
-# Buffers are (step, batch, states, channels), in this order in memory: every step is then one contiguous piece, and of
-# each operator on whole runs a thread gets the same steps.
+# The backward pass keeps the states at the start of some of the chunks, walks the runs of steps between them from the
+# last to the first, and recomputes the rest.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -338,38 +341,74 @@ def _in_full_precision(scan: Callable) -> Callable:
 
 
 @_in_full_precision
-def _blocked_forward(
+def _forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, save_states: bool
 ) -> tuple[Tensor, Tensor]:
-    """Outputs y, and the states at the start of each block (blocks, batch, states, channels), empty unless saved."""
+    """Outputs y, and the states at the start of each run (runs, batch, states, channels), empty unless saved."""
     batch, length, channels = u.shape
     states = A.shape[1]
     dtype = _compute_dtype(u)
     A_log2e, D, dt_bias = (A.to(dtype).T * _LOG2_E).contiguous(), D.to(dtype), dt_bias.to(dtype)
-    rows, block, blocks = _tile(u, states, is_training=save_states)
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    starts = u.new_empty(blocks if save_states else 0, batch, states, channels, dtype=dtype)
-    decay = u.new_empty(block, rows, states, channels, dtype=dtype)
-    h = u.new_empty(block + 1, rows, states, channels, dtype=dtype)
-    for tile in _slices(batch, rows):
-        y_, *inputs = _by_steps(tile, y, u, dt, B, C)
-        decay_, h_ = _Buffer(decay, tile), _Buffer(h, tile)
-        h_.whole[0].zero_()
-        in_chunks = _is_worth_chunks(h_.whole[0], is_training=save_states)
-        for index, run in enumerate(_slices(length, block)):
-            x, dt_, B_, C_ = (tensor[run].to(dtype) for tensor in inputs)
-            if save_states:
-                starts[index, tile] = h_.whole[0]
-            delta = F.softplus(_add_by_steps(dt_, dt_bias))
-            _run_block(delta, delta * x, A_log2e, B_, decay_, h_, in_chunks)
-            out = torch.matmul(C_.unsqueeze(-2), h_.whole[1 : len(x) + 1]).squeeze(-2)
-            torch.addcmul(out, x, D, out=y_[run])
-            h_.whole[0].copy_(h_.whole[len(x)])
-    return y, starts
+    plan = _plan(u, states, is_training=save_states)
+    steps, chunks = plan.steps, plan.chunks
+    padding = steps * chunks - length
+    y = u.new_empty(batch, steps * chunks, channels)
+    starts = u.new_empty(plan.runs if save_states else 0, batch, states, channels, dtype=dtype)
+    for tile in _slices(batch, plan.rows):
+        y_, x, dt_, B_, C_ = (_by_steps(tensor[tile], steps, chunks) for tensor in (y, u, dt, B, C))
+        x, dt_, B_, C_ = (tensor.to(dtype) for tensor in (x, dt_, B_, C_))
+        delta = F.softplus(torch.add(dt_, dt_bias, out=dt_.new_empty(dt_.shape)))
+        if padding:
+            delta[-padding:, -1] = 0  # a step of no length leaves the state alone
+        delta_x = torch.mul(delta, x, out=x.new_empty(x.shape))
+        out = _scan_chunks(delta, delta_x, A_log2e, B_, C_, starts[:, tile], plan.chunks_of_run)
+        torch.addcmul(out, x, D, out=y_)
+    return y[:, :length].contiguous(), starts
+
+
+def _scan_chunks(
+    delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, C: Tensor, starts: Tensor, every: int
+) -> Tensor:
+    """What the states put out, (steps, chunks, batch, channels), of chunks that follow one another.
+
+    delta, delta_x (steps, chunks, batch, channels); A times log2(e) (states, channels); B, C (steps, chunks, batch,
+    states). Writes to `starts`, unless it is empty, the states that every so many of the chunks start with.
+    """
+    steps, chunks, batch, channels = delta.shape
+    h, kept = delta.new_empty(chunks, batch, len(A_log2e), channels), None
+    rates, weights, values = (x.unbind(0) for x in (delta.unsqueeze(-2), B.unsqueeze(-1), delta_x.unsqueeze(-2)))
+    decay = torch.empty_like(h)
+    if chunks > 1 and steps * h.numel() <= _KEPT_ELEMENTS:
+        kept = torch.mul(delta.unsqueeze(-2), A_log2e).exp2_().unbind(0)
+
+    def decay_at(t: int) -> Tensor:
+        # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
+        return kept[t] if kept else torch.mul(rates[t], A_log2e, out=decay).exp2_()
+
+    if chunks == 1:
+        h.zero_()
+    else:
+        torch.mul(weights[0], values[0], out=h)
+        for t in range(1, steps):
+            h.mul_(decay_at(t)).addcmul_(weights[t], values[t])
+        torch.mul(delta.sum(0).unsqueeze(-2), A_log2e, out=decay).exp2_()  # of a whole chunk
+        ends, h = h, torch.empty_like(h)
+        start, end, factor = (x.unbind(0) for x in (h, ends, decay))
+        start[0].zero_()
+        for k in range(1, chunks):
+            torch.addcmul(end[k - 1], factor[k - 1], start[k - 1], out=start[k])
+    if len(starts):
+        starts.copy_(h[::every])
+    out = torch.empty_like(delta)
+    rows, matrices, products = (x.flatten(-4, -3) for x in (C.contiguous().unsqueeze(-2), h, out.unsqueeze(-2)))
+    for t, (row, product) in enumerate(zip(rows.unbind(0), products.unbind(0), strict=True)):
+        h.mul_(decay_at(t)).addcmul_(weights[t], values[t])
+        torch.bmm(row, matrices, out=product)
+    return out
 
 
 @_in_full_precision
-def _blocked_backward(
+def _backward(
     grad_y: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, starts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C, D and dt_bias; `starts` are the states that the forward pass saved."""
@@ -378,15 +417,16 @@ def _blocked_backward(
     dtype = _compute_dtype(u)
     A_, D_, bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
     A_log2e = A_ * _LOG2_E
-    rows, block, _ = _tile(u, states, is_training=True)
+    plan = _plan(u, states, is_training=True)
+    rows, block = plan.rows, plan.steps * plan.chunks_of_run
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
     grad_A, grad_D, grad_bias = torch.zeros_like(A_), torch.zeros_like(D_), torch.zeros_like(bias)
     decay = u.new_empty(block, rows, states, channels, dtype=dtype)
     h = u.new_empty(block + 1, rows, states, channels, dtype=dtype)
     grad_h = torch.empty_like(decay)
     for tile in _slices(batch, rows):
-        inputs = _by_steps(tile, u, dt, B, C, grad_y)
-        grad_u, grad_dt, grad_B, grad_C = _by_steps(tile, *grads)
+        inputs = [x[tile].transpose(0, 1) for x in (u, dt, B, C, grad_y)]
+        grad_u, grad_dt, grad_B, grad_C = (x[tile].transpose(0, 1) for x in grads)
         decay_, h_, grad_h_ = (_Buffer(buffer, tile) for buffer in (decay, h, grad_h))
         carry = torch.zeros_like(h_.steps[0])  # gradient of the state that the next run starts with
         for index, run in reversed(list(enumerate(_slices(length, block)))):
@@ -396,7 +436,7 @@ def _blocked_backward(
             delta = F.softplus(pre)
             delta_x = delta * x
             h_.steps[0].copy_(starts[index, tile])
-            _run_block(delta, delta_x, A_log2e, B_, decay_, h_, in_chunks=False)
+            _run_block(delta, delta_x, A_log2e, B_, decay_, h_)
             a, before, after = decay_.whole[:steps], h_.whole[:steps], h_.whole[1 : steps + 1]
 
             # grad_h[t] = C[t] grad_y[t] + decay[t+1] grad_h[t+1]
@@ -436,94 +476,73 @@ class _Buffer:
         return self.whole.unbind(0)
 
 
-def _run_block(
-    delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay: _Buffer, h: _Buffer, in_chunks: bool
-) -> None:
-    """Fills `h` after its first step, which is where the states start, and `decay`, which chunks use up.
+def _run_block(delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay: _Buffer, h: _Buffer) -> None:
+    """Fills `decay`, and `h` after its first step, which is where the states start.
 
     delta, delta_x (steps, batch, channels); A times log2(e) (states, channels); B (steps, batch, states).
     """
     steps = len(delta)
-    # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
     torch.mul(delta.unsqueeze(-2), A_log2e, out=decay.whole[:steps]).exp2_()
     torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=h.whole[1 : steps + 1])
-    if in_chunks:
-        _recur_in_chunks(decay.whole[:steps], h.whole[: steps + 1])
-        return
     for t in range(steps):
         h.steps[t + 1].addcmul_(decay.steps[t], h.steps[t])
 
 
-def _is_worth_chunks(step: Tensor, is_training: bool) -> bool:
-    """Whether fewer and larger operators, three for each in place of one, are faster than one for each step."""
-    largest = _SMALL_STEP if step.device.type == "cpu" else _GPU_SMALL_STEP
-    return step.numel() <= largest or _is_shared(step, is_training)
-
-
-def _is_shared(tensor: Tensor, is_training: bool) -> bool:
-    """Whether the recurrence is shared by several threads, for which a single step is too small."""
-    return tensor.device.type == "cpu" and torch.get_num_threads() > 1 and not is_training
-
-
-def _recur_in_chunks(decay: Tensor, h: Tensor) -> None:
-    """h[t + 1] += decay[t] h[t], t = 0, 1, ..., in 3 to 4 sqrt(steps) larger operators instead of one for each step.
-
-    All chunks of steps at once, each from a state of zero; then what the state before each of them adds. `decay`
-    becomes its products since the start of the chunk. The operators are large enough for several threads, each of
-    which gets the steps that it got in the operators before: what another core has written would come slowly.
-    """
-    steps = len(decay)
-    size = math.isqrt(steps)
-    chunks = steps // size
-    whole = chunks * size
-    h_of, decay_of = (x.unflatten(0, (chunks, size)) for x in (h[1 : whole + 1], decay[:whole]))
-    h_at, decay_at = h_of.unbind(1), decay_of.unbind(1)  # of all chunks, at one of their steps
-    for t in range(1, size):
-        h_at[t].addcmul_(decay_at[t], h_at[t - 1])
-        decay_at[t].mul_(decay_at[t - 1])
-    starts = h.new_empty(chunks, *h.shape[1:])
-    start, end, end_decay = (x.unbind(0) for x in (starts, h_at[-1], decay_at[-1]))
-    start[0].copy_(h[0])
-    for k in range(1, chunks):
-        torch.addcmul(end[k - 1], end_decay[k - 1], start[k - 1], out=start[k])
-    h_of.addcmul_(decay_of, starts.unsqueeze(1))
-    for t in range(whole, steps):
-        h[t + 1].addcmul_(decay[t], h[t])
-
-
-def _add_by_steps(x: Tensor, bias: Tensor) -> Tensor:
-    """x + bias, where x (steps, batch, channels) need not lie in that order in memory, but the result does."""
-    return torch.add(x, bias, out=x.new_empty(x.shape))
-
-
-def _by_steps(tile: slice, *tensors: Tensor) -> list[Tensor]:
-    """A tile of (batch, length, width) tensors, as (length, batch, width)."""
-    return [tensor[tile].transpose(0, 1) for tensor in tensors]
+def _by_steps(tensor: Tensor, steps: int, chunks: int) -> Tensor:
+    """(batch, length, width) as (steps, chunks, batch, width), with zeros where the length falls short."""
+    padding = steps * chunks - tensor.shape[1]
+    if padding:
+        tensor = F.pad(tensor, (0, 0, 0, padding))
+    return tensor.unflatten(1, (chunks, steps)).permute(2, 1, 0, 3)
 
 
 def _slices(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _tile(u: Tensor, states: int, is_training: bool) -> tuple[int, int, int]:
-    """Sequences at a time, steps at a time, and how many runs of steps that makes."""
+class _Plan(NamedTuple):
+    rows: int  # sequences at a time
+    steps: int  # of a chunk
+    chunks: int
+    chunks_of_run: int  # between the states that the backward pass starts from
+
+    @property
+    def runs(self) -> int:
+        return -(-self.chunks // self.chunks_of_run)
+
+
+def _plan(u: Tensor, states: int, is_training: bool) -> _Plan:
+    """How a scan is divided; in training, where a graph may be made of it, whatever the number of threads."""
     batch, length, channels = u.shape
     row = channels * states
-    most = _BLOCK_ELEMENTS if u.device.type == "cpu" else _GPU_BLOCK_ELEMENTS
-    if is_training:  # the backward pass has a third buffer; 3 % of its time for a fifth of its memory
-        most = most * 3 // 4
-    elif _is_shared(u, is_training):
-        most = most * 2
-    rows = max(1, min(batch, most // (row * min(max(length, 1), _LEAST_STEPS))))
+    if u.device.type == "cpu":
+        threads, most, block = torch.get_num_threads(), _SLICE_ELEMENTS, _BLOCK_ELEMENTS
+        most *= 2 if is_training else threads
+    else:
+        most, block = _GPU_SLICE_ELEMENTS, _GPU_BLOCK_ELEMENTS
+    rows = block // (row * _LEAST_STEPS) if is_training else 2 * most // row
+    rows = max(1, min(batch, rows))
     rows = max(1, -(-batch // max(1, -(-batch // rows))))  # the same for all tiles
-    blocks = -(-length // max(1, most // (row * rows)))
-    return rows, max(1, -(-length // max(1, blocks))), blocks  # runs of nearly one size
+    chunks = min(most // (row * rows), 2 * math.isqrt(length))
+    if chunks < _LEAST_CHUNKS:
+        chunks = 1
+    steps = _near_divisor(length, max(1, -(-length // chunks)))
+    if is_training:
+        steps = min(steps, max(1, block // (row * rows)))
+    chunks = max(1, -(-length // steps))
+    return _Plan(rows, steps, chunks, max(1, block // (row * rows * steps)))
+
+
+def _near_divisor(length: int, steps: int) -> int:
+    """The divisor of `length` that is nearest to `steps` if one is near: zeros for chunks that fall short cost time."""
+    near = [n for n in range(-(-steps // 2), min(length, 2 * steps) + 1) if length % n == 0]
+    return min(near, key=lambda n: abs(n - steps), default=steps)
 
 
 def _fake_forward(u, dt, A, B, C, D, dt_bias, save_states):
     batch, _, channels = u.shape
-    blocks = _tile(u, A.shape[1], is_training=True)[2] if save_states else 0
-    starts = u.new_empty(blocks, batch, A.shape[1], channels, dtype=_compute_dtype(u))
+    runs = _plan(u, A.shape[1], is_training=True).runs if save_states else 0
+    starts = u.new_empty(runs, batch, A.shape[1], channels, dtype=_compute_dtype(u))
     return torch.empty_like(u, memory_format=torch.contiguous_format), starts
 
 
@@ -537,7 +556,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # or zeros would be made for the states, which nobody takes from here
 
 
-def _backward(ctx, grad_y, grad_starts):
+def _gradients(ctx, grad_y, grad_starts):
     if grad_y is None:
         return (None,) * 8
     if torch.is_grad_enabled():  # by `create_graph`: second derivatives, through torch's own operators
@@ -549,8 +568,8 @@ def _backward(ctx, grad_y, grad_starts):
 
 
 # An operator, so that torch.compile does not unroll the loop over the steps
-_blocked_scan = define(__name__, "blocked_scan", _blocked_forward, _fake_forward, _save_for_backward, _backward)
-_blocked_scan_backward = define(__name__, "blocked_scan_backward", _blocked_backward, _fake_backward)
+_blocked_scan = define(__name__, "blocked_scan", _forward, _fake_forward, _save_for_backward, _gradients)
+_blocked_scan_backward = define(__name__, "blocked_scan_backward", _backward, _fake_backward)
 
 
 def _torch_scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:

@@ -69,16 +69,15 @@ def test_equals_the_float64_recurrence(form, length):
         assert relative_error(value, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 49, 63, 500])
-def test_steps_in_a_loop_and_in_chunks_give_the_same(monkeypatch, length, batch):
-    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 2 * 16 * 8 * 20)  # of three sequences two at a time, then one
-    inputs = random_inputs(batch, length, 20)
-    expected = sequential_float64(*inputs)
-    for threads, largest in ((1, 0), (1, 2**30), (2, 0)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        monkeypatch.setattr(scan_module, "_SMALL_STEP", largest)
-        assert relative_error(selective_scan(*inputs), expected) < TOLERANCE[torch.float64]
+@pytest.mark.parametrize("kept", [0, 2**30])
+@pytest.mark.parametrize("elements", [1, 2 * 8 * 20, 24 * 8 * 20, 2**30])  # three sequences in two tiles, or in one
+def test_the_division_into_chunks_does_not_matter(monkeypatch, elements, kept, length):
+    monkeypatch.setattr(scan_module, "_SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(scan_module, "_KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    inputs = random_inputs(3, length, 20)
+    assert relative_error(selective_scan(*inputs), sequential_float64(*inputs)) < TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -173,7 +172,7 @@ def test_empty_batch_and_empty_sequence():
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_operator_is_registered_correctly(monkeypatch, needs_grad):
     """Schema, fake tensors and autograd registration agree with what the operator does, as torch checks them."""
-    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 9 * 4 * 8)  # one run of steps, in training two
+    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 2 * 9 * 4 * 8 // 2)  # two runs of steps
     inputs = [x.requires_grad_(needs_grad) for x in random_inputs(2, 9, 4, dtype=torch.float32)]
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if needs_grad:
@@ -181,10 +180,41 @@ def test_operator_is_registered_correctly(monkeypatch, needs_grad):
     torch.library.opcheck(scan_module._blocked_scan.operator, (*inputs, needs_grad), test_utils=tests)
 
 
+@pytest.mark.parametrize(
+    ("threads", "batch", "length", "channels", "steps"),
+    [
+        (1, 8, 196, 160, 28),
+        (1, 8, 49, 320, 49),
+        (2, 1, 49, 320, 7),
+        (2, 8, 49, 320, 7),
+        (2, 1, 196, 160, 7),
+        (2, 8, 196, 160, 14),
+        (2, 128, 196, 160, 196),
+        (2, 3, 211, 160, 8),
+        (2, 1, 12544, 160, 128),
+        (64, 8, 4096, 160, 32),
+    ],
+)
+def test_chunks_are_of_a_size_that_the_caches_hold(monkeypatch, threads, batch, length, channels, steps):
+    """And divide the sequences, where such a size does; batches that are large enough need none."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    plan = scan_module._plan(torch.empty(batch, length, channels), 8, is_training=False)
+    assert (plan.steps, plan.chunks) == (steps, -(-length // steps))
+    assert plan.rows * plan.chunks * channels * 8 < 2 * threads * scan_module._SLICE_ELEMENTS
+
+
+@pytest.mark.parametrize("threads", [1, 64])
+def test_graphs_of_training_hold_for_any_number_of_threads(monkeypatch, threads):
+    u = torch.empty(8, 196, 160)
+    expected = scan_module._plan(u, 8, is_training=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert scan_module._plan(u, 8, is_training=True) == expected
+
+
 def test_other_devices_take_whole_batches():
     u = torch.empty(128, 196, 160, device="meta")
-    (rows, steps, runs), (_, cpu_steps, _) = (scan_module._tile(x, 8, False) for x in (u, torch.empty(u.shape)))
-    assert rows == 128 and runs == 2 and 2 * steps >= 196 and cpu_steps < steps
+    for is_training in (False, True):
+        assert scan_module._plan(u, 8, is_training).rows == 128
 
 
 class Count(TorchDispatchMode):
@@ -197,29 +227,20 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("batch", "times"), [(8, 3), (128, 6)])
+@pytest.mark.parametrize(("batch", "times"), [(8, 2), (128, 3)])
 def test_sizes_of_other_devices(monkeypatch, batch, times):
     """Each operator costs a launch there, whatever its size: so many times fewer of them, and the same numbers."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     inputs = random_inputs(batch, 196, 160, dtype=torch.float32)
     expected, counts = selective_scan_reference(*inputs), []
     for kind in ("", "_GPU"):
-        for name in ("_BLOCK_ELEMENTS", "_SMALL_STEP"):
+        for name in ("_BLOCK_ELEMENTS", "_SLICE_ELEMENTS"):
             monkeypatch.setattr(scan_module, name, getattr(scan_module, kind + name))
         with Count() as counted:
-            value, _ = scan_module._blocked_forward(*inputs, False)
+            value, _ = scan_module._forward(*inputs, False)
         counts.append(counted.count)
         assert relative_error(value, expected) < TOLERANCE[torch.float32]
     assert counts[0] > times * counts[1]
-
-
-@pytest.mark.parametrize(("threads", "least", "most"), [(1, 196, 220), (2, 0, 60), (64, 0, 60)])
-def test_threads_share_large_operators(monkeypatch, threads, least, most):
-    """A single step is too small for that."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    with Count() as counted:
-        scan_module._blocked_forward(*random_inputs(8, 196, 160, dtype=torch.float32), False)
-    assert least < counted.count < most
 
 
 class Layouts(TorchDispatchMode):
@@ -227,19 +248,19 @@ class Layouts(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.are_by_steps = []
+        self.are_dense = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "softplus" in function.name() or "exp2" in function.name():
-            self.are_by_steps.append(args[0].is_contiguous())
+        if any(name in function.name() for name in ("softplus", "exp2", "mul_", "addcmul_")):
+            self.are_dense.append(args[0].is_contiguous())
         return function(*args, **(kwargs or {}))
 
 
-def test_threads_keep_to_their_steps():
+def test_threads_keep_to_their_chunks():
     """They share operators by the order in memory, and what another core has written comes slowly."""
     with Layouts() as layouts:
-        scan_module._blocked_forward(*random_inputs(3, 49, 20, dtype=torch.float32), False)
-    assert layouts.are_by_steps == [True, True]
+        scan_module._forward(*random_inputs(3, 49, 20, dtype=torch.float32), False)
+    assert len(layouts.are_dense) > 20 and all(layouts.are_dense)
 
 
 class PassingOn(TorchFunctionMode):
