@@ -124,11 +124,11 @@ def _folded_weights(
     conv: nn.Conv2d,
     norm: nn.BatchNorm2d,
     dtype: torch.dtype,
-    layout: torch.memory_format = torch.preserve_format,
+    layout: torch.memory_format | None = None,
     gamma: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weight, in a layout, and bias of the convolution, the norm and a layer scale in one; to half precision rounded
-    once."""
+    """Weight, in a layout or its own, and bias of the convolution, the norm and a layer scale in one; to half precision
+    rounded once."""
     mean, variance, scale, shift = (
         x if x is None or x.dtype in (torch.float32, torch.float64) else x.float()
         for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
@@ -138,9 +138,9 @@ def _folded_weights(
     bias = offset * factor if shift is None else torch.addcmul(shift, offset, factor)
     if gamma is not None:
         factor, bias = factor * gamma, bias * gamma
-    weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=layout)
-    torch.mul(conv.weight, factor.view(-1, 1, 1, 1), out=weight)
-    return weight, bias.to(dtype)
+    # first the layout: then what is multiplied and rounded is dense
+    weight = conv.weight if layout is None else conv.weight.contiguous(memory_format=layout)
+    return (weight * factor.view(-1, 1, 1, 1)).to(dtype), bias.to(dtype)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, gamma: Tensor | None = None) -> nn.Conv2d:
@@ -171,26 +171,27 @@ def is_untouched(layer: nn.Module) -> bool:
         or torch_wide._global_backward_hooks
         or torch_wide._global_backward_pre_hooks
         or "forward" in layer.__dict__
-        or not (is_traced() or _computes_as_torch(layer))
+        or not (is_traced() or _computes_its_own(layer))
     )
 
 
-def _computes_as_torch(layer: nn.Module) -> bool:
+def _computes_its_own(layer: nn.Module) -> bool:
     """Whether nobody put other code into a layer's class, or into what a convolution's own forward calls."""
     kind = type(layer)
     convolve = getattr(kind, "_conv_forward", None)
-    if not _is_torchs_own(kind.forward, kind) or "_conv_forward" in layer.__dict__:
+    if not _is_its_own(kind.forward, kind) or "_conv_forward" in layer.__dict__:
         return False
-    return convolve is None or _is_torchs_own(convolve, kind)
+    return convolve is None or _is_its_own(convolve, kind)
 
 
 @functools.lru_cache
-def _is_torchs_own(method, kind: type[nn.Module]) -> bool:
-    """Whether a method of a class of layers is the one that torch gave it: by its names, for whoever replaced it may
-    have done so before this module was imported."""
-    if not getattr(method, "__module__", "").startswith("torch.nn.modules.") or hasattr(method, "__wrapped__"):
+def _is_its_own(method, kind: type[nn.Module]) -> bool:
+    """Whether a method of a class of layers is the one that the class was written with: by its names, for whoever
+    replaced it may have done so before this module was imported."""
+    if hasattr(method, "__wrapped__"):
         return False
-    return method.__qualname__.split(".")[0] in {base.__qualname__ for base in kind.__mro__}
+    names = (getattr(method, "__module__", None), getattr(method, "__qualname__", "").rpartition(".")[0])
+    return names in {(base.__module__, base.__qualname__) for base in kind.__mro__}
 
 
 class _Fused(nn.Module):
@@ -204,13 +205,14 @@ class _Fused(nn.Module):
         super().__init__()
         self.layer, self.activation, self.packed = layer, activation, {}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if is_traced() or not self._can_fuse(x):
             # not as attributes, or torch.compile would ask again for all that __getattr__ does to find them
             layer, activation = self._modules["layer"], self._modules.get("activation")
-            return layer(x) if activation is None else activation(layer(x))
-        y, bias = _to(_precision(x, self.layer, is_prepared=True), x, self.layer.bias)
-        return self._compute(y, bias).to(x.dtype)
+            x = layer(x) if activation is None else activation(layer(x))
+            return x if residual is None else residual + x
+        y, bias, added = _to(_precision(x, self.layer, is_prepared=True), x, self.layer.bias, residual)
+        return self._compute(y, bias, added).to(x.dtype)
 
     def _pack(self, pack, dtype: torch.dtype, *args) -> Tensor:
         """pack(weight, *args) of the weight in a precision, kept until the weights are others."""
@@ -258,57 +260,71 @@ class FusedConv2d(_Fused):
             self._lay_out()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not is_traced() and _may_finish(x, self.layer, None):
-            return _convolve_and_finish(x, self.layer, None, self.activation)
-        return super().forward(x)
+            x = _convolve_and_finish(x, self.layer, None, self.activation)
+            return x if residual is None else residual + x
+        return super().forward(x, residual)
 
     def _can_fuse(self, x: Tensor) -> bool:
         return _is_plain_conv(self.layer) and super()._can_fuse(x)
 
-    def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         c = self.layer
         if winograd_pays(x, c, is_prepared=True):
-            return _convolve_by_winograd(x, self._pack(winograd_filters, x.dtype), bias, self.activation)
+            return _convolve_by_winograd(x, self._pack(winograd_filters, x.dtype), bias, self.activation, residual)
         reorder, shape = torch.ops.mkldnn._reorder_convolution_weight, list(x.shape)
         weight = self._pack(reorder, x.dtype, c.padding, c.stride, c.dilation, c.groups, shape)
-        return _convolve(x, c, weight, bias, self.activation)
+        return _convolve(x, c, weight, bias, self.activation, residual)
 
 
 class FusedLinear(_Fused):
     def _can_fuse(self, x: Tensor) -> bool:
         return _is_plain(self.layer, nn.Linear) and super()._can_fuse(x) and _is_worth_replacing(x, self.layer)
 
-    def _compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         is_faster = _onednn_is_faster(x, self.layer)
         pack = torch.ops.mkldnn._reorder_linear_weight if is_faster else Tensor.contiguous
-        return _linear(x, self._pack(pack, x.dtype), bias, self.activation, is_faster)
+        return _linear(x, self._pack(pack, x.dtype), bias, self.activation, residual, is_faster)
 
 
-def convolution(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None = None) -> Tensor:
-    """activation(norm(conv(x))) of a map (B, C, H, W), with the norm folded into the convolution where that is faster.
+def convolution(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    activation: nn.Module | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(norm(conv(x))) of a map (B, C, H, W), with the norm folded into the convolution where that is faster;
+    or, in place of an activation, the sum with `residual`.
 
     Only where nothing but the time tells the two apart.
     """
+    is_fused = residual is not None and type(conv) is FusedConv2d and type(norm) is nn.Identity
+    if is_fused and is_untouched(conv) and is_untouched(norm):
+        return conv(x, residual)
     if norm is not None and _may_finish(x, conv, norm):
-        return _convolve_and_finish(x, conv, norm, activation)
+        x = _convolve_and_finish(x, conv, norm, activation)
+        return x if residual is None else residual + x
     if is_traced() or not _is_worth_folding(x, conv, norm):
         x = conv(x) if norm is None else norm(conv(x))
-        return x if activation is None else activation(x)
+        x = x if activation is None else activation(x)
+        return x if residual is None else residual + x
     dtype = _precision(x, conv)
     y = x.to(dtype)
     is_winograd = winograd_pays(y, conv, is_prepared=False)
+    (residual,) = _to(dtype, residual)
     if norm is not None:
         layout = torch.contiguous_format if is_winograd else torch.channels_last
         weight, bias = _folded_weights(conv, norm, dtype, layout)
     else:
         weight, bias = _to(dtype, conv.weight, conv.bias)
     if is_winograd:
-        y = _convolve_by_winograd(y, winograd_filters(weight), bias, activation)
+        y = _convolve_by_winograd(y, winograd_filters(weight), bias, activation, residual)
     elif norm is None and activation is None and _has_few_pixels(y, conv):
         y = _multiply_patches(y, conv, weight, bias)
     else:
-        y = _convolve(y, conv, weight.contiguous(memory_format=torch.channels_last), bias, activation)
+        y = _convolve(y, conv, weight.contiguous(memory_format=torch.channels_last), bias, activation, residual)
     return y.to(x.dtype)
 
 
@@ -388,45 +404,63 @@ def _multiply_patches(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor |
     (top, left), (rows, columns), (down, right) = conv.padding, conv.kernel_size, conv.stride
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
     patches = padded.unfold(1, rows, down).unfold(2, columns, right).flatten(3)  # (B, H', W', C * rows * columns)
-    return _linear(patches, weight.flatten(1), bias, None, _has_avx512()).permute(0, 3, 1, 2)
+    return _linear(patches, weight.flatten(1), bias, None, None, _has_avx512()).permute(0, 3, 1, 2)
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
-    """A convolution of these weights, with the strides and so on of `conv`, and an activation or none after it."""
+def _convolve(
+    x: Tensor,
+    conv: nn.Conv2d,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: nn.Module | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """A convolution of these weights, with the strides and so on of `conv`, and an activation or a sum after it."""
+    convolve = torch.ops.mkldnn._convolution_pointwise
+    args = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    if residual is not None:
+        return convolve.binary(x, residual, *args, "add", 1.0, None, [], None)
     gelu = activation if activation is not None and _is_gelu(activation) and _has_avx512() else None
-    x = torch.ops.mkldnn._convolution_pointwise(
-        x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, *_pointwise(gelu)
-    )
+    x = convolve(x, *args, *_pointwise(gelu))
     return x if activation is gelu else _activated(x, activation)
 
 
-def _convolve_by_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None) -> Tensor:
+def _convolve_by_winograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None, residual: Tensor | None
+) -> Tensor:
     """The same of weights that `winograd_filters` gave."""
     gelu = activation if activation is not None and _is_gelu(activation) and _has_avx512() else None
     x = winograd_convolution(x, weight, bias, None if gelu is None else gelu.approximate)
+    if residual is not None:
+        return x.add_(residual)
     return x if activation is gelu else _activated(x, activation)
 
 
 def _activated(x: Tensor, activation: nn.Module) -> Tensor:
-    """An activation of what nobody else holds."""
+    """An activation of what nobody else holds. Not oneDNN's ReLU, which makes zeros of what is not a number."""
     return x.relu_() if type(activation) is nn.ReLU and is_untouched(activation) else activation(x)
 
 
-def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None) -> Tensor:
-    """activation(layer(x)) of tokens (..., C), in one pass over memory where that is faster.
+def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    """activation(layer(x)) of tokens (..., C), or in place of an activation the sum with `residual`, in one pass over
+    memory where that is faster.
 
     Only where nothing but the time tells the two apart.
     """
+    if residual is not None and type(layer) is FusedLinear and is_untouched(layer):
+        return layer(x, residual)
     fits = not is_traced() and type(x) is Tensor and x.is_cpu and _is_plain(layer, nn.Linear)
     fits = fits and (activation is None or _is_gelu(activation))
     if fits and _onednn_takes(x, layer):
         (weight, bias), dtype, is_faster = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
         if dtype != x.dtype:
-            return _linear(*_to(dtype, x, weight, bias), activation, is_faster).to(x.dtype)
+            x_, weight, bias, residual = _to(dtype, x, weight, bias, residual)
+            return _linear(x_, weight, bias, activation, residual, is_faster).to(x.dtype)
         if is_faster:
-            return _linear(x, weight, bias, activation, is_faster)
+            return _linear(x, weight, bias, activation, residual, is_faster)
     x = layer(x)
-    return x if activation is None else activation(x)
+    x = x if activation is None else activation(x)
+    return x if residual is None else residual + x
 
 
 # Multiplications of a linear layer from which on oneDNN gains more than a call of it costs
@@ -443,11 +477,21 @@ def _onednn_is_faster(x: Tensor, layer: nn.Linear) -> bool:
     return x.numel() * layer.out_features >= _LEAST_WORK and _has_avx512()
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None, by_onednn: bool) -> Tensor:
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: nn.Module | None,
+    residual: Tensor | None,
+    by_onednn: bool,
+) -> Tensor:
+    if by_onednn and residual is not None:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     if by_onednn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_pointwise(activation))
     x = F.linear(x, weight, bias)
-    return x if activation is None else activation(x)
+    x = x if activation is None else activation(x)
+    return x if residual is None else residual + x
 
 
 def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:

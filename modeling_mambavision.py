@@ -126,6 +126,13 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
+def _is_only_added(x: Tensor, to: Tensor, drop_path: nn.Module) -> bool:
+    """Whether nothing happens to what a residual branch makes of x before it is added, so that its last layer may."""
+    if is_traced() or torch.is_grad_enabled() or x.dtype != to.dtype:
+        return False
+    return type(drop_path) is DropPath and not drop_path.training and is_untouched(drop_path)
+
+
 class ConvBlock(nn.Module):
     """A residual pair of 3x3 convolutions on a map (B, C, H, W)."""
 
@@ -140,10 +147,13 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = convolution(convolution(x, self.conv1, self.norm1, self.act1), self.conv2, self.norm2)
+        y = convolution(x, self.conv1, self.norm1, self.act1)
+        if self.gamma is None and _is_only_added(y, x, self.drop_path):
+            return convolution(y, self.conv2, self.norm2, residual=x)
+        y = convolution(y, self.conv2, self.norm2)
         if self.gamma is not None:
-            residual = residual * self.gamma.view(1, -1, 1, 1)
-        return x + self.drop_path(residual)
+            y = y * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(y)
 
 
 class StepProjection(nn.Linear):
@@ -170,6 +180,12 @@ class MambaVisionMixer(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        return linear(self._mixed(hidden_states), self.out_proj)
+
+    def add_to(self, residual: Tensor, hidden_states: Tensor) -> Tensor:
+        return linear(self._mixed(hidden_states), self.out_proj, residual=residual)
+
+    def _mixed(self, hidden_states: Tensor) -> Tensor:
         x, z = linear(hidden_states, self.in_proj).chunk(2, dim=-1)  # (B, L, C/2)
         x = _silu_convolve(self.conv1d_x, x)
         dt, B, C = linear(x, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
@@ -177,8 +193,8 @@ class MambaVisionMixer(nn.Module):
         # the published weights were trained with the bias of dt_proj counted twice
         scanned = (x, self.dt_proj(dense(dt)), A, B, C, self.D.float(), self._dt_bias(dt))
         if _is_plain(self.conv1d_z):
-            return linear(scan_concat(*scanned, z, self.conv1d_z.weight), self.out_proj)
-        return linear(torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1), self.out_proj)
+            return scan_concat(*scanned, z, self.conv1d_z.weight)
+        return torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1)
 
     def _dt_bias(self, dt: Tensor) -> Tensor:
         """What dt_proj adds to each step, (C/2,)."""
@@ -219,10 +235,18 @@ class Attention(nn.Module):
         self.proj_drop = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.proj_drop(linear(self._attended(x), self.proj))
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        if type(self.proj_drop) is nn.Identity and is_untouched(self.proj_drop):
+            return linear(self._attended(x), self.proj, residual=residual)
+        return residual + self(x)
+
+    def _attended(self, x: Tensor) -> Tensor:
         qkv = linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = dense(qkv.permute(2, 0, 3, 1, 4))  # (B, heads, L, C/heads)
         x = _attend(self.q_norm(q), self.k_norm(k), v)
-        return self.proj_drop(linear(x.transpose(1, 2).flatten(2), self.proj))
+        return x.transpose(1, 2).flatten(2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -244,6 +268,9 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear(linear(x, self.fc1, self.act), self.fc2)
 
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        return linear(linear(x, self.fc1, self.act), self.fc2, residual=residual)
+
 
 class TokenBlock(nn.Module):
     """A pre-norm residual block on the tokens of a window (B, L, C): a mixer, then an MLP."""
@@ -260,10 +287,15 @@ class TokenBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._add(x, self.mixer(self.norm1(x)), self.gamma_1)
-        return self._add(x, self.mlp(self.norm2(x)), self.gamma_2)
+        x = self._add(x, self.norm1(x), self.mixer, self.gamma_1)
+        return self._add(x, self.norm2(x), self.mlp, self.gamma_2)
 
-    def _add(self, x: Tensor, residual: Tensor, gamma: Tensor | None) -> Tensor:
+    def _add(self, x: Tensor, normed: Tensor, branch: nn.Module, gamma: Tensor | None) -> Tensor:
+        """x and what a branch makes of its norm; where that is only added, the branch's last layer adds it."""
+        is_known = type(branch) in (MambaVisionMixer, Attention, Mlp) and is_untouched(branch)
+        if gamma is None and is_known and _is_only_added(normed, x, self.drop_path):
+            return branch.add_to(x, normed)
+        residual = branch(normed)
         return x + self.drop_path(residual if gamma is None else gamma * residual)
 
 

@@ -55,8 +55,6 @@ _LOG2_E = math.log2(math.e)
 _SLICE_ELEMENTS = 2**16
 # Fewer chunks than this gain less than it costs to compute their decays twice
 _LEAST_CHUNKS = 4
-# Elements up to which the decays are rather kept: 8 MiB of float32
-_KEPT_ELEMENTS = 2**18
 # Elements of each of the three buffers that the backward pass works in: 1.5 MiB of float32
 _BLOCK_ELEMENTS = 3 * 2**17
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
@@ -375,34 +373,30 @@ def _scan_chunks(
     states). Writes to `starts`, unless it is empty, the states that every so many of the chunks start with.
     """
     steps, chunks, batch, channels = delta.shape
-    h, kept = delta.new_empty(chunks, batch, len(A_log2e), channels), None
+    h, decay = delta.new_empty(2, chunks, batch, len(A_log2e), channels).unbind(0)
     rates, weights, values = (x.unbind(0) for x in (delta.unsqueeze(-2), B.unsqueeze(-1), delta_x.unsqueeze(-2)))
-    decay = torch.empty_like(h)
-    if chunks > 1 and steps * h.numel() <= _KEPT_ELEMENTS:
-        kept = torch.mul(delta.unsqueeze(-2), A_log2e).exp2_().unbind(0)
 
-    def decay_at(t: int) -> Tensor:
+    def advance(t: int) -> None:
         # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
-        return kept[t] if kept else torch.mul(rates[t], A_log2e, out=decay).exp2_()
+        torch.mul(rates[t], A_log2e, out=decay).exp2_()
+        h.mul_(decay).addcmul_(weights[t], values[t])
 
     if chunks == 1:
         h.zero_()
     else:
         torch.mul(weights[0], values[0], out=h)
         for t in range(1, steps):
-            h.mul_(decay_at(t)).addcmul_(weights[t], values[t])
+            advance(t)
         torch.mul(delta.sum(0).unsqueeze(-2), A_log2e, out=decay).exp2_()  # of a whole chunk
-        ends, h = h, torch.empty_like(h)
-        start, end, factor = (x.unbind(0) for x in (h, ends, decay))
-        start[0].zero_()
-        for k in range(1, chunks):
-            torch.addcmul(end[k - 1], factor[k - 1], start[k - 1], out=start[k])
+        start = torch.zeros_like(h[0])
+        for state, factor in zip(h.unbind(0), decay.unbind(0), strict=True):
+            start, _ = torch.addcmul(state, factor, start), state.copy_(start)
     if len(starts):
         starts.copy_(h[::every])
     out = torch.empty_like(delta)
     rows, matrices, products = (x.flatten(-4, -3) for x in (C.contiguous().unsqueeze(-2), h, out.unsqueeze(-2)))
     for t, (row, product) in enumerate(zip(rows.unbind(0), products.unbind(0), strict=True)):
-        h.mul_(decay_at(t)).addcmul_(weights[t], values[t])
+        advance(t)
         torch.bmm(row, matrices, out=product)
     return out
 
