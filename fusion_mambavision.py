@@ -284,7 +284,8 @@ class FusedLinear(_Fused):
 
     def _compute(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         is_faster = _onednn_is_faster(x, self.layer)
-        pack = torch.ops.mkldnn._reorder_linear_weight if is_faster else Tensor.contiguous
+        is_packed = is_faster and not _packing_is_slow(x, self.layer)
+        pack = torch.ops.mkldnn._reorder_linear_weight if is_packed else Tensor.contiguous
         return _linear(x, self._pack(pack, x.dtype), bias, self.activation, residual, is_faster)
 
 
@@ -387,8 +388,9 @@ def _is_worth_folding(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> boo
 
 
 # Weights of a convolution for each number of its map from which on a product with the map's patches is faster: it takes
-# the weights as they lie, and oneDNN's convolution reorders them at every call
-_LEAST_WEIGHTS = 10
+# the weights as they lie, and oneDNN's convolution reorders them at every call. With AMX, whose products are the least
+# part of the time, the patches of larger maps too, with the weights in an order in which they are quick to copy.
+_LEAST_WEIGHTS, _LEAST_WEIGHTS_OF_AMX, _LEAST_WEIGHTS_AS_THEY_LIE = 10, 3, 7
 
 
 def _has_few_pixels(x: Tensor, conv: nn.Conv2d) -> bool:
@@ -396,15 +398,18 @@ def _has_few_pixels(x: Tensor, conv: nn.Conv2d) -> bool:
     if x.dtype in HALVES and _is_slow(x.dtype):
         return False
     is_usual = conv.groups == 1 and conv.dilation == (1, 1) and conv.weight.is_contiguous()
-    return is_usual and conv.weight.numel() >= _LEAST_WEIGHTS * x.numel()
+    least = _LEAST_WEIGHTS_OF_AMX if x.dtype in HALVES and "amx_tile" in _flags() else _LEAST_WEIGHTS
+    return is_usual and conv.weight.numel() >= least * x.numel()
 
 
 def _multiply_patches(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution of these weights as one product, in channels_last layout."""
     (top, left), (rows, columns), (down, right) = conv.padding, conv.kernel_size, conv.stride
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
-    patches = padded.unfold(1, rows, down).unfold(2, columns, right).flatten(3)  # (B, H', W', C * rows * columns)
-    return _linear(patches, weight.flatten(1), bias, None, None, _has_avx512()).permute(0, 3, 1, 2)
+    patches = padded.unfold(1, rows, down).unfold(2, columns, right)  # (B, H', W', C, rows, columns)
+    if weight.numel() < _LEAST_WEIGHTS_AS_THEY_LIE * x.numel():
+        patches, weight = patches.movedim(3, -1), weight.movedim(1, -1)
+    return _linear(patches.flatten(3), weight.flatten(1), bias, None, None, _has_avx512()).permute(0, 3, 1, 2)
 
 
 def _convolve(
@@ -475,6 +480,15 @@ def _is_worth_replacing(x: Tensor, layer: nn.Linear) -> bool:
 def _onednn_is_faster(x: Tensor, layer: nn.Linear) -> bool:
     """Than torch's own linear layer, whose products are MKL's."""
     return x.numel() * layer.out_features >= _LEAST_WORK and _has_avx512()
+
+
+def _packing_is_slow(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether oneDNN takes longer with weights in its own order: half as long again, for some shapes with AMX (3.12).
+
+    Elsewhere they save a tenth of the time, of few tokens a third.
+    """
+    tokens = x.numel() // layer.in_features
+    return tokens < layer.out_features < 2 * tokens and x.dtype in HALVES and "amx_tile" in _flags()
 
 
 def _linear(
@@ -559,14 +573,19 @@ def _is_slow(dtype: torch.dtype) -> bool:
     """
     if dtype not in ONEDNN_DTYPES:  # eight times as long
         return True
-    text = cpuinfo()
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), None)
-    if flags is None:  # not an x86
+    flags = _flags()
+    if not flags:  # not an x86
         return False
     if dtype == torch.float16:
         return "amx_fp16" not in flags
     # Intel's AVX-512 in bfloat16 reaches half of float32's rate, AMD's twice of it
-    return "amx_bf16" not in flags and not ("avx512_bf16" in flags and "AuthenticAMD" in text)
+    return "amx_bf16" not in flags and not ("avx512_bf16" in flags and "AuthenticAMD" in cpuinfo())
+
+
+@functools.cache
+def _flags() -> frozenset[str]:
+    """The instruction sets of an x86 with Linux."""
+    return frozenset(next((line.split() for line in cpuinfo().splitlines() if line.startswith("flags")), ()))
 
 
 def _to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

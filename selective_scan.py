@@ -53,6 +53,8 @@ _log = logging.getLogger(__name__)
 _LOG2_E = math.log2(math.e)
 # Elements of one step of all chunks for each thread, two of which stay in its core's cache
 _SLICE_ELEMENTS = 2**16
+# Elements (steps, batch, channels) at a time, in all chunks: 4 MiB of float32 for each of the inputs
+_PART_ELEMENTS = 2**20
 # Fewer chunks than this gain less than it costs to compute their decays twice
 _LEAST_CHUNKS = 4
 # Elements of each of the three buffers that the backward pass works in: 1.5 MiB of float32
@@ -60,7 +62,7 @@ _BLOCK_ELEMENTS = 3 * 2**17
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
 _LEAST_STEPS = 16
 # On a GPU, where each operator costs a launch of some 10 us, in which a slow one moves 3 MB: worked out, not timed
-_GPU_SLICE_ELEMENTS, _GPU_BLOCK_ELEMENTS = 2**22, 2**24
+_GPU_SLICE_ELEMENTS, _GPU_PART_ELEMENTS, _GPU_BLOCK_ELEMENTS = 2**22, 2**24, 2**24
 
 
 def _touch_constants() -> None:
@@ -312,7 +314,7 @@ def _causal_conv1d(x: Tensor, weight: Tensor) -> Tensor:
 # are cut into as many chunks as make one step of all of them a good size, (chunks, batch, states, channels), and the
 # chunks are walked twice: from a state of zero, for what each adds to the state that it starts with; then, those states
 # known, for the outputs, which one small matrix product per step makes of the states. Of every operator a thread gets
-# the same chunks, and memory beyond the output hardly grows with the length.
+# the same chunks. Long sequences are taken in parts, so that memory beyond the output does not grow with the length.
 #
 # The backward pass keeps the states at the start of some of the chunks, walks the runs of steps between them from the
 # last to the first, and recomputes the rest.
@@ -348,29 +350,35 @@ def _forward(
     dtype = _compute_dtype(u)
     A_log2e, D, dt_bias = (A.to(dtype).T * _LOG2_E).contiguous(), D.to(dtype), dt_bias.to(dtype)
     plan = _plan(u, states, is_training=save_states)
-    steps, chunks = plan.steps, plan.chunks
-    padding = steps * chunks - length
-    y = u.new_empty(batch, steps * chunks, channels)
-    starts = u.new_empty(plan.runs if save_states else 0, batch, states, channels, dtype=dtype)
+    y = u.new_empty(batch, -(-length // plan.steps) * plan.steps, channels)
+    starts = u.new_empty(plan.runs(length) if save_states else 0, batch, states, channels, dtype=dtype)
     for tile in _slices(batch, plan.rows):
-        y_, x, dt_, B_, C_ = (_by_steps(tensor[tile], steps, chunks) for tensor in (y, u, dt, B, C))
-        x, dt_, B_, C_ = (tensor.to(dtype) for tensor in (x, dt_, B_, C_))
-        delta = F.softplus(torch.add(dt_, dt_bias, out=dt_.new_empty(dt_.shape)))
-        if padding:
-            delta[-padding:, -1] = 0  # a step of no length leaves the state alone
-        delta_x = torch.mul(delta, x, out=x.new_empty(x.shape))
-        out = _scan_chunks(delta, delta_x, A_log2e, B_, C_, starts[:, tile], plan.chunks_of_run)
-        torch.addcmul(out, x, D, out=y_)
+        state = u.new_zeros(tile.stop - tile.start, states, channels, dtype=dtype)
+        unsaved = starts[:, tile]
+        for part in _slices(length, plan.steps * plan.chunks):
+            x, dt_, B_, C_ = (_by_steps(tensor[tile, part], plan.steps).to(dtype) for tensor in (u, dt, B, C))
+            delta = torch.add(dt_, dt_bias, out=dt_.new_empty(dt_.shape))
+            torch.ops.aten.softplus.out(delta, out=delta)
+            steps, chunks = delta.shape[:2]
+            padding = steps * chunks - (part.stop - part.start)
+            if padding:
+                delta[-padding:, -1] = 0  # a step of no length leaves the state alone
+            delta_x = torch.mul(delta, x, out=x.new_empty(x.shape))
+            saved, unsaved = unsaved.tensor_split([-(-chunks // plan.chunks_of_run)])
+            out = _scan_chunks(delta, delta_x, A_log2e, B_, C_, state, saved, plan.chunks_of_run)
+            y_ = _by_steps(y[tile, part.start : part.start + steps * chunks], steps)
+            torch.addcmul(out, x, D, out=y_)
     return y[:, :length].contiguous(), starts
 
 
 def _scan_chunks(
-    delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, C: Tensor, starts: Tensor, every: int
+    delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor, every: int
 ) -> Tensor:
     """What the states put out, (steps, chunks, batch, channels), of chunks that follow one another.
 
     delta, delta_x (steps, chunks, batch, channels); A times log2(e) (states, channels); B, C (steps, chunks, batch,
-    states). Writes to `starts`, unless it is empty, the states that every so many of the chunks start with.
+    states). `state` (batch, states, channels) is the one before, and becomes the one behind them. Writes to `starts`,
+    unless it is empty, the states that every so many of the chunks start with.
     """
     steps, chunks, batch, channels = delta.shape
     h, decay = delta.new_empty(2, chunks, batch, len(A_log2e), channels).unbind(0)
@@ -382,15 +390,16 @@ def _scan_chunks(
         h.mul_(decay).addcmul_(weights[t], values[t])
 
     if chunks == 1:
-        h.zero_()
+        h[0].copy_(state)
     else:
         torch.mul(weights[0], values[0], out=h)
         for t in range(1, steps):
             advance(t)
         torch.mul(delta.sum(0).unsqueeze(-2), A_log2e, out=decay).exp2_()  # of a whole chunk
-        start = torch.zeros_like(h[0])
-        for state, factor in zip(h.unbind(0), decay.unbind(0), strict=True):
-            start, _ = torch.addcmul(state, factor, start), state.copy_(start)
+        for own, factor in zip(h.unbind(0), decay.unbind(0), strict=True):
+            end = torch.addcmul(own, factor, state)
+            own.copy_(state)
+            state.copy_(end)
     if len(starts):
         starts.copy_(h[::every])
     out = torch.empty_like(delta)
@@ -398,6 +407,7 @@ def _scan_chunks(
     for t, (row, product) in enumerate(zip(rows.unbind(0), products.unbind(0), strict=True)):
         advance(t)
         torch.bmm(row, matrices, out=product)
+    state.copy_(h[-1])
     return out
 
 
@@ -482,12 +492,12 @@ def _run_block(delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay
         h.steps[t + 1].addcmul_(decay.steps[t], h.steps[t])
 
 
-def _by_steps(tensor: Tensor, steps: int, chunks: int) -> Tensor:
-    """(batch, length, width) as (steps, chunks, batch, width), with zeros where the length falls short."""
-    padding = steps * chunks - tensor.shape[1]
+def _by_steps(tensor: Tensor, steps: int) -> Tensor:
+    """(batch, length, width) as (steps, chunks, batch, width), with zeros where the last chunk falls short."""
+    padding = -tensor.shape[1] % steps
     if padding:
         tensor = F.pad(tensor, (0, 0, 0, padding))
-    return tensor.unflatten(1, (chunks, steps)).permute(2, 1, 0, 3)
+    return tensor.unflatten(1, (-1, steps)).permute(2, 1, 0, 3)
 
 
 def _slices(size: int, step: int) -> list[slice]:
@@ -495,36 +505,41 @@ def _slices(size: int, step: int) -> list[slice]:
 
 
 class _Plan(NamedTuple):
+    """How a scan is divided."""
+
     rows: int  # sequences at a time
     steps: int  # of a chunk
-    chunks: int
+    chunks: int  # at a time
     chunks_of_run: int  # between the states that the backward pass starts from
 
-    @property
-    def runs(self) -> int:
-        return -(-self.chunks // self.chunks_of_run)
+    def runs(self, length: int) -> int:
+        return -(-length // (self.steps * self.chunks_of_run))
 
 
 def _plan(u: Tensor, states: int, is_training: bool) -> _Plan:
-    """How a scan is divided; in training, where a graph may be made of it, whatever the number of threads."""
+    """In training, where a graph may be made of it, the same for any number of threads."""
     batch, length, channels = u.shape
-    row = channels * states
     if u.device.type == "cpu":
-        threads, most, block = torch.get_num_threads(), _SLICE_ELEMENTS, _BLOCK_ELEMENTS
-        most *= 2 if is_training else threads
+        most, part, block = _SLICE_ELEMENTS, _PART_ELEMENTS, _BLOCK_ELEMENTS
+        most *= 2 if is_training else torch.get_num_threads()
     else:
-        most, block = _GPU_SLICE_ELEMENTS, _GPU_BLOCK_ELEMENTS
-    rows = block // (row * _LEAST_STEPS) if is_training else 2 * most // row
-    rows = max(1, min(batch, rows))
-    rows = max(1, -(-batch // max(1, -(-batch // rows))))  # the same for all tiles
-    chunks = min(most // (row * rows), 2 * math.isqrt(length))
-    if chunks < _LEAST_CHUNKS:
-        chunks = 1
-    steps = _near_divisor(length, max(1, -(-length // chunks)))
+        most, part, block = _GPU_SLICE_ELEMENTS, _GPU_PART_ELEMENTS, _GPU_BLOCK_ELEMENTS
+    row = channels * states
+    rows = _evenly(batch, block // (row * _LEAST_STEPS) if is_training else 2 * most // row)
+    row *= rows
+    length = _evenly(length, part // (rows * channels))
+    chunks = min(most // row, 2 * math.isqrt(length))
+    steps = _near_divisor(length, -(-length // chunks) if chunks >= _LEAST_CHUNKS else length)
     if is_training:
-        steps = min(steps, max(1, block // (row * rows)))
-    chunks = max(1, -(-length // steps))
-    return _Plan(rows, steps, chunks, max(1, block // (row * rows * steps)))
+        steps = min(steps, max(1, block // row))
+    chunks_of_run = max(1, block // (row * steps))
+    chunks = -(-length // steps)
+    return _Plan(rows, steps, -(-chunks // chunks_of_run) * chunks_of_run if is_training else chunks, chunks_of_run)
+
+
+def _evenly(total: int, most: int) -> int:
+    """The size of equal parts, but for the last, of as few as hold no more than `most` each, and at least one."""
+    return max(1, -(-total // max(1, -(-total // max(1, most)))))
 
 
 def _near_divisor(length: int, steps: int) -> int:
@@ -535,7 +550,7 @@ def _near_divisor(length: int, steps: int) -> int:
 
 def _fake_forward(u, dt, A, B, C, D, dt_bias, save_states):
     batch, _, channels = u.shape
-    runs = _plan(u, A.shape[1], is_training=True).runs if save_states else 0
+    runs = _plan(u, A.shape[1], is_training=True).runs(u.shape[1]) if save_states else 0
     starts = u.new_empty(runs, batch, A.shape[1], channels, dtype=_compute_dtype(u))
     return torch.empty_like(u, memory_format=torch.contiguous_format), starts
 

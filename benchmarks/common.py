@@ -409,11 +409,12 @@ def write_whole(path: Path, text: str) -> None:
 
 def describe_machine(device: str) -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        cpu = model.group(1).strip() if model else cpu
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    cpu = model.group(1).strip() if model else platform.processor() or platform.machine()
     capability = torch.backends.cpu.get_cpu_capability()  # processors of one name differ in it
+    if capability == "AVX512" and "amx_tile" in cpuinfo:
+        capability += " and AMX"
     machine = {"cpu": cpu, "cores": cores, "cpu_capability": capability}
     if device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()

@@ -17,11 +17,13 @@ from conftest import FIXTURES, ROOT, SHAPES, run_python
 from repository import fusion_mambavision, selective_scan, winograd
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import (
+    Attention,
     DropPath,
     MambaVision,
     MambaVisionMixer,
     MambaVisionModel,
     MambaVisionModelForImageClassification,
+    Mlp,
     StepProjection,
 )
 from safetensors import safe_open
@@ -469,6 +471,10 @@ def test_the_faster_operators_are_taken(classifier, processor, any_size_pays):
         assert ("aten::unfold" in called) == (has_onednn and any_size_pays == "winograd")  # of maps into patches
         if has_onednn:  # the one behind the last map alone is not folded
             assert called["aten::native_batch_norm"] == 1
+        if model.is_fused and has_onednn and any_size_pays == "direct":  # blocks' inputs are added by their layers
+            mixers = sum(isinstance(module, MambaVisionMixer) for module in model.modules())
+            by_torch = 0 if has_linear else 2 * sum(model.config.depths[2:])
+            assert called["aten::add"] - mixers == by_torch
 
 
 @pytest.mark.parametrize("has_gamma", [False, True])
@@ -719,11 +725,58 @@ def test_where_half_precision_is_slow(monkeypatch, cpuinfo, bfloat16, float16):
         return f"processor\t: 0\n{cpuinfo}\nbugs\t: none\n"
 
     monkeypatch.setattr(selective_scan.Path, "read_text", read_text)
+    monkeypatch.setattr(fusion_mambavision, "_flags", fusion_mambavision._flags.__wrapped__)
     is_slow = fusion_mambavision._is_slow.__wrapped__
     for knows in (True, False):
         monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.bfloat16, torch.float16) if knows else ())
         assert is_slow(torch.bfloat16) == (bfloat16 or not knows)
         assert is_slow(torch.float16) == (float16 or not knows)
+
+
+@torch.no_grad()
+def test_weights_stay_as_they_are_where_onednn_would_be_slower(monkeypatch):
+    monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: False)
+    monkeypatch.setattr(fusion_mambavision, "_onednn_is_faster", lambda x, layer: True)
+    monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.float32, torch.bfloat16))
+    packed = []
+    for flags, dtype, tokens, expected in (
+        ({"amx_tile"}, torch.bfloat16, 48, True),
+        ({"amx_tile"}, torch.bfloat16, 49, False),
+        ({"amx_tile"}, torch.bfloat16, 95, False),
+        ({"amx_tile"}, torch.bfloat16, 96, True),
+        ({"amx_tile"}, torch.float32, 49, True),
+        ({"avx512f"}, torch.bfloat16, 49, True),
+    ):
+        monkeypatch.setattr(fusion_mambavision, "_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(
+            fusion_mambavision, "_linear", lambda x, weight, *rest: packed.append(weight.is_mkldnn) or x
+        )
+        fusion_mambavision.FusedLinear(nn.Linear(32, 96).to(dtype))(torch.zeros(1, tokens, 32, dtype=dtype))
+        assert packed.pop() == expected, (flags, dtype, tokens)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("least", [0, math.inf])
+def test_convolutions_as_products_of_patches(monkeypatch, least):
+    monkeypatch.setattr(fusion_mambavision, "_LEAST_WEIGHTS_AS_THEY_LIE", least)
+    x = image((2, 8, 7, 5)).contiguous(memory_format=torch.channels_last)
+    for conv in (nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(8, 12, (3, 2), (1, 2), (0, 1), bias=False)):
+        y = fusion_mambavision._multiply_patches(x, conv, conv.weight, conv.bias)
+        torch.testing.assert_close(y, conv(x))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_where_patches_are_faster(monkeypatch):
+    conv = nn.Conv2d(8, 16, 3, 2, 1)  # 1152 weights
+    for flags, dtype, most in (
+        ("amx_tile", torch.float32, 115),
+        ("", torch.bfloat16, 115),
+        ("amx_tile", torch.bfloat16, 384),
+    ):
+        monkeypatch.setattr(fusion_mambavision, "_flags", lambda flags=flags: {flags})
+        for pixels in range(1, 60):
+            x = torch.zeros(1, 8, 1, pixels, dtype=dtype)
+            assert fusion_mambavision._has_few_pixels(x, conv.to(dtype)) == (8 * pixels <= most)
 
 
 @pytest.mark.parametrize("is_arm", [True, False])
@@ -871,6 +924,16 @@ CHANGES = {
     "replaced forward of an MLP": lambda net: setattr(
         net.levels[2].blocks[0].mlp, "forward", partial(half_an_mlp, net.levels[2].blocks[0].mlp)
     ),
+    "other stochastic depth": lambda net: setattr(net.levels[2].blocks[0], "drop_path", nn.Tanh()),
+    "other stochastic depth of convolutions": lambda net: setattr(net.levels[0].blocks[0], "drop_path", nn.Tanh()),
+    "hooked stochastic depth": lambda net: net.levels[2].blocks[0].drop_path.register_forward_hook(doubled),
+    "hooked mixer": lambda net: net.levels[2].blocks[0].mixer.register_forward_hook(doubled),
+    "hooked attention": lambda net: net.levels[2].blocks[-1].mixer.register_forward_hook(doubled),
+    "other end of the attention": lambda net: setattr(net.levels[2].blocks[-1].mixer, "proj_drop", nn.Tanh()),
+    "hooked end of the attention": lambda net: net.levels[2].blocks[-1].mixer.proj_drop.register_forward_hook(doubled),
+    "kind of attention": lambda net: setattr(net.levels[2].blocks[-1].mixer, "__class__", NegativeAttention),
+    "layer scale": lambda net: setattr(net.levels[2].blocks[0], "gamma_1", nn.Parameter(torch.randn(64))),
+    "layer scale of convolutions": lambda net: setattr(net.levels[0].blocks[0], "gamma", nn.Parameter(torch.randn(16))),
     "shared convolutions": lambda net: setattr(net.levels[1].blocks[0], "conv2", net.levels[1].blocks[0].conv1),
     "shared MLPs": lambda net: setattr(net.levels[2].blocks[0], "mlp", net.levels[2].blocks[1].mlp),
 }
@@ -878,6 +941,15 @@ CHANGES = {
 
 def half_an_mlp(mlp, x):
     return mlp.fc2(mlp.fc1(x))
+
+
+def doubled(module, inputs, output):
+    return 2 * output
+
+
+class NegativeAttention(Attention):
+    def forward(self, x):
+        return -super().forward(x)
 
 
 class PreActivationBlock(nn.Module):
@@ -932,6 +1004,10 @@ def test_changed_layers_compute_what_they_say(classifier, change, fused):
         (nn.Conv2d, "_conv_forward"),
         (nn.BatchNorm2d, "forward"),
         (nn.GELU, "forward"),
+        (MambaVisionMixer, "forward"),
+        (Attention, "forward"),
+        (Mlp, "forward"),
+        (DropPath, "forward"),
     ],
 )
 def test_layers_whose_code_was_replaced_are_called(classifier, monkeypatch, kind, name, where):

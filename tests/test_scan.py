@@ -71,8 +71,10 @@ def test_equals_the_float64_recurrence(form, length):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 49, 63, 500])
 @pytest.mark.parametrize("elements", [1, 2 * 8 * 20, 24 * 8 * 20, 2**30])  # three sequences in two tiles, or in one
-def test_the_division_into_chunks_does_not_matter(monkeypatch, elements, length):
+@pytest.mark.parametrize("part", [1, 3 * 20 * 50, 2**30])
+def test_the_division_into_chunks_does_not_matter(monkeypatch, elements, part, length):
     monkeypatch.setattr(scan_module, "_SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(scan_module, "_PART_ELEMENTS", part)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     inputs = random_inputs(3, length, 20)
     assert relative_error(selective_scan(*inputs), sequential_float64(*inputs)) < TOLERANCE[torch.float64]
@@ -90,9 +92,10 @@ def test_half_precision_inputs_are_scanned_in_float32(form, dtype):
 
 
 # One block, several, and blocks shorter than a step's row needs; batches in one tile and in several.
-@pytest.mark.parametrize("block_elements", [2**19, 3 * 4 * 8 * 3, 1])
-def test_gradients_by_finite_differences(monkeypatch, block_elements):
+@pytest.mark.parametrize("block_elements, part", [(2**19, 2**20), (3 * 4 * 8 * 3, 3 * 4 * 5), (1, 2**20), (2**19, 1)])
+def test_gradients_by_finite_differences(monkeypatch, block_elements, part):
     monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(scan_module, "_PART_ELEMENTS", part)
     inputs = [x.requires_grad_() for x in random_inputs(3, 8, 4)]
     for form in FORMS.values():
         assert torch.autograd.gradcheck(form, inputs)
@@ -170,7 +173,8 @@ def test_empty_batch_and_empty_sequence():
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_operator_is_registered_correctly(monkeypatch, needs_grad):
     """Schema, fake tensors and autograd registration agree with what the operator does, as torch checks them."""
-    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 2 * 9 * 4 * 8 // 2)  # two runs of steps
+    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 5 * 4 * 8)  # two runs of steps
+    assert scan_module._plan(torch.empty(2, 9, 4), 8, is_training=True).runs(9) == 2
     inputs = [x.requires_grad_(needs_grad) for x in random_inputs(2, 9, 4, dtype=torch.float32)]
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if needs_grad:
@@ -179,26 +183,27 @@ def test_operator_is_registered_correctly(monkeypatch, needs_grad):
 
 
 @pytest.mark.parametrize(
-    ("threads", "batch", "length", "channels", "steps"),
+    ("threads", "batch", "length", "channels", "steps", "chunks"),
     [
-        (1, 8, 196, 160, 28),
-        (1, 8, 49, 320, 49),
-        (2, 1, 49, 320, 7),
-        (2, 8, 49, 320, 7),
-        (2, 1, 196, 160, 7),
-        (2, 8, 196, 160, 14),
-        (2, 128, 196, 160, 196),
-        (2, 3, 211, 160, 8),
-        (2, 1, 12544, 160, 128),
-        (64, 8, 4096, 160, 32),
+        (1, 8, 196, 160, 28, 7),
+        (1, 8, 49, 320, 49, 1),
+        (2, 1, 49, 320, 7, 7),
+        (2, 8, 49, 320, 7, 7),
+        (2, 1, 196, 160, 7, 28),
+        (2, 8, 196, 160, 14, 14),
+        (2, 128, 196, 160, 49, 1),
+        (2, 3, 211, 160, 8, 27),
+        (2, 1, 12544, 160, 64, 98),
+        (64, 8, 4096, 160, 14, 49),
     ],
 )
-def test_chunks_are_of_a_size_that_the_caches_hold(monkeypatch, threads, batch, length, channels, steps):
+def test_chunks_are_of_a_size_that_the_caches_hold(monkeypatch, threads, batch, length, channels, steps, chunks):
     """And divide the sequences, where such a size does; batches that are large enough need none."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     plan = scan_module._plan(torch.empty(batch, length, channels), 8, is_training=False)
-    assert (plan.steps, plan.chunks) == (steps, -(-length // steps))
-    assert plan.rows * plan.chunks * channels * 8 < 2 * threads * scan_module._SLICE_ELEMENTS
+    assert (plan.steps, plan.chunks) == (steps, chunks)
+    assert plan.rows * chunks * channels * 8 < 2 * threads * scan_module._SLICE_ELEMENTS
+    assert plan.rows * chunks * steps * channels < 1.1 * scan_module._PART_ELEMENTS
 
 
 @pytest.mark.parametrize("threads", [1, 64])
