@@ -83,7 +83,9 @@ def _fuse_conv_block(block: nn.Module) -> None:
 def _fuse_branch(block: nn.Module, name: str, last: str, gamma_name: str) -> None:
     """Of a block of tokens: its mixer or its MLP, whose result `last` computes and a layer scale multiplies."""
     branch, gamma = getattr(block, name), getattr(block, gamma_name)
-    if gamma is not None and _is_plain(getattr(branch, last), nn.Linear):
+    end = getattr(branch, "proj_drop", None)
+    is_last = is_untouched(branch) and (end is None or (type(end) is nn.Identity and is_untouched(end)))
+    if gamma is not None and is_last and _is_plain(getattr(branch, last), nn.Linear):
         branch = copy.deepcopy(branch)  # another block may use it too
         setattr(block, name, branch)
         _scale(getattr(branch, last), gamma)

@@ -767,10 +767,11 @@ def test_convolutions_as_products_of_patches(monkeypatch, least):
 
 
 def test_where_patches_are_faster(monkeypatch):
+    monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: False)
     conv = nn.Conv2d(8, 16, 3, 2, 1)  # 1152 weights
     for flags, dtype, most in (
         ("amx_tile", torch.float32, 115),
-        ("", torch.bfloat16, 115),
+        ("avx512f", torch.bfloat16, 115),
         ("amx_tile", torch.bfloat16, 384),
     ):
         monkeypatch.setattr(fusion_mambavision, "_flags", lambda flags=flags: {flags})
@@ -926,11 +927,11 @@ CHANGES = {
     ),
     "other stochastic depth": lambda net: setattr(net.levels[2].blocks[0], "drop_path", nn.Tanh()),
     "other stochastic depth of convolutions": lambda net: setattr(net.levels[0].blocks[0], "drop_path", nn.Tanh()),
-    "hooked stochastic depth": lambda net: net.levels[2].blocks[0].drop_path.register_forward_hook(doubled),
-    "hooked mixer": lambda net: net.levels[2].blocks[0].mixer.register_forward_hook(doubled),
-    "hooked attention": lambda net: net.levels[2].blocks[-1].mixer.register_forward_hook(doubled),
+    "hooked stochastic depth": lambda net: net.levels[2].blocks[0].drop_path.register_forward_hook(bent),
+    "hooked mixer": lambda net: net.levels[2].blocks[0].mixer.register_forward_hook(bent),
+    "hooked attention": lambda net: net.levels[2].blocks[-1].mixer.register_forward_hook(bent),
     "other end of the attention": lambda net: setattr(net.levels[2].blocks[-1].mixer, "proj_drop", nn.Tanh()),
-    "hooked end of the attention": lambda net: net.levels[2].blocks[-1].mixer.proj_drop.register_forward_hook(doubled),
+    "hooked end of the attention": lambda net: net.levels[2].blocks[-1].mixer.proj_drop.register_forward_hook(bent),
     "kind of attention": lambda net: setattr(net.levels[2].blocks[-1].mixer, "__class__", NegativeAttention),
     "layer scale": lambda net: setattr(net.levels[2].blocks[0], "gamma_1", nn.Parameter(torch.randn(64))),
     "layer scale of convolutions": lambda net: setattr(net.levels[0].blocks[0], "gamma", nn.Parameter(torch.randn(16))),
@@ -943,8 +944,8 @@ def half_an_mlp(mlp, x):
     return mlp.fc2(mlp.fc1(x))
 
 
-def doubled(module, inputs, output):
-    return 2 * output
+def bent(module, inputs, output):
+    return output.sin()
 
 
 class NegativeAttention(Attention):
