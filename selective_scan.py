@@ -350,7 +350,7 @@ def _forward(
     dtype = _compute_dtype(u)
     A_log2e, D, dt_bias = (A.to(dtype).T * _LOG2_E).contiguous(), D.to(dtype), dt_bias.to(dtype)
     plan = _plan(u, states, is_training=save_states)
-    y = u.new_empty(batch, -(-length // plan.steps) * plan.steps, channels)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
     starts = u.new_empty(plan.runs(length) if save_states else 0, batch, states, channels, dtype=dtype)
     for tile in _slices(batch, plan.rows):
         state = u.new_zeros(tile.stop - tile.start, states, channels, dtype=dtype)
@@ -366,9 +366,12 @@ def _forward(
             delta_x = torch.mul(delta, x, out=x.new_empty(x.shape))
             saved, unsaved = unsaved.tensor_split([-(-chunks // plan.chunks_of_run)])
             out = _scan_chunks(delta, delta_x, A_log2e, B_, C_, state, saved, plan.chunks_of_run)
-            y_ = _by_steps(y[tile, part.start : part.start + steps * chunks], steps)
-            torch.addcmul(out, x, D, out=y_)
-    return y[:, :length].contiguous(), starts
+            if padding:
+                out.addcmul_(x, D)
+                y[tile, part] = out.permute(2, 1, 0, 3).flatten(1, 2)[:, :-padding]
+            else:
+                torch.addcmul(out, x, D, out=_by_steps(y[tile, part], steps))
+    return y, starts
 
 
 def _scan_chunks(
