@@ -186,15 +186,30 @@ class MambaVisionMixer(nn.Module):
         return linear(self._mixed(hidden_states), self.out_proj, residual=residual)
 
     def _mixed(self, hidden_states: Tensor) -> Tensor:
-        x, z = linear(hidden_states, self.in_proj).chunk(2, dim=-1)  # (B, L, C/2)
-        x = _silu_convolve(self.conv1d_x, x)
+        xz = linear(hidden_states, self.in_proj)
+        x, z = xz.chunk(2, dim=-1)  # (B, L, C/2)
+        if self._is_unseen(xz):
+            # few operators, which count on a CPU: one convolution, and the result in the place of what it is made of
+            xz = silu_convolve(xz, torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]))
+            x = xz.chunk(2, dim=-1)[0]
+            x.copy_(selective_scan(*self._scan_inputs(x)))
+            return xz
+        inputs = self._scan_inputs(_silu_convolve(self.conv1d_x, x))
+        if _is_plain(self.conv1d_z):
+            return scan_concat(*inputs, z, self.conv1d_z.weight)
+        return torch.cat([selective_scan(*inputs), _silu_convolve(self.conv1d_z, z)], dim=-1)
+
+    def _is_unseen(self, xz: Tensor) -> bool:
+        """Whether nobody else gets what the convolutions make of xz on a CPU: by gradients, graphs or hooks."""
+        if not xz.is_cpu or misreads_layouts(xz.device) or is_traced() or torch.is_grad_enabled() or is_transformed():
+            return False
+        return _is_plain(self.conv1d_x) and _is_plain(self.conv1d_z) and is_untouched(self.x_proj)
+
+    def _scan_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
         dt, B, C = linear(x, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
         A = -torch.exp(self.A_log.float())
         # the published weights were trained with the bias of dt_proj counted twice
-        scanned = (x, self.dt_proj(dense(dt)), A, B, C, self.D.float(), self._dt_bias(dt))
-        if _is_plain(self.conv1d_z):
-            return scan_concat(*scanned, z, self.conv1d_z.weight)
-        return torch.cat([selective_scan(*scanned), _silu_convolve(self.conv1d_z, z)], dim=-1)
+        return x, self.dt_proj(dense(dt)), A, B, C, self.D.float(), self._dt_bias(dt)
 
     def _dt_bias(self, dt: Tensor) -> Tensor:
         """What dt_proj adds to each step, (C/2,)."""

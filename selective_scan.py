@@ -387,7 +387,7 @@ def _scan_chunks(
     h, decay = delta.new_empty(2, chunks, batch, len(A_log2e), channels).unbind(0)
     rates, weights, values = (x.unbind(0) for x in (delta.unsqueeze(-2), B.unsqueeze(-1), delta_x.unsqueeze(-2)))
 
-    def advance(t: int) -> None:
+    def advance(h: Tensor, t: int) -> None:
         # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
         torch.mul(rates[t], A_log2e, out=decay).exp2_()
         h.mul_(decay).addcmul_(weights[t], values[t])
@@ -397,18 +397,20 @@ def _scan_chunks(
     else:
         torch.mul(weights[0], values[0], out=h)
         for t in range(1, steps):
-            advance(t)
+            advance(h, t)
         torch.mul(delta.sum(0).unsqueeze(-2), A_log2e, out=decay).exp2_()  # of a whole chunk
-        for own, factor in zip(h.unbind(0), decay.unbind(0), strict=True):
-            end = torch.addcmul(own, factor, state)
-            own.copy_(state)
-            state.copy_(end)
+        first = h.new_empty(chunks + 1, *h.shape[1:])
+        start, own, factor = (x.unbind(0) for x in (first, h, decay))
+        start[0].copy_(state)
+        for k in range(chunks):
+            torch.addcmul(own[k], factor[k], start[k], out=start[k + 1])
+        h = first[:-1]
     if len(starts):
         starts.copy_(h[::every])
     out = torch.empty_like(delta)
     rows, matrices, products = (x.flatten(-4, -3) for x in (C.contiguous().unsqueeze(-2), h, out.unsqueeze(-2)))
     for t, (row, product) in enumerate(zip(rows.unbind(0), products.unbind(0), strict=True)):
-        advance(t)
+        advance(h, t)
         torch.bmm(row, matrices, out=product)
     state.copy_(h[-1])
     return out

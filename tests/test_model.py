@@ -993,6 +993,22 @@ def test_changed_layers_compute_what_they_say(classifier, change, fused):
         assert (model(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_hooks_are_given_stays_as_it_was(classifier, fused):
+    """Without gradients a mixer writes over what it needs no more."""
+    model = classifier.fuse() if fused else classifier
+    projection = model.model.levels[2].blocks[0].mixer.x_proj
+    seen, plain = [], model(image((2, 3, 64, 64))).logits.detach()
+    handle = projection.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            logits = model(image((2, 3, 64, 64))).logits
+            assert (logits - plain).abs().max() < 1e-5 * plain.std()
+            torch.testing.assert_close(seen[-1], seen[0], rtol=1e-4, atol=1e-5)
+    handle.remove()
+    assert len(seen) == 3
+
+
 @pytest.mark.usefixtures("any_size_pays")
 @pytest.mark.parametrize("where", ["class", "instance"])
 @pytest.mark.parametrize(
