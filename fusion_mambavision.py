@@ -425,10 +425,12 @@ def _convolve(
     """A convolution of these weights, with the strides and so on of `conv`, and an activation or a sum after it."""
     convolve = torch.ops.mkldnn._convolution_pointwise
     args = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
-    if residual is not None:
+    if residual is not None and _has_avx512():
         return convolve.binary(x, residual, *args, "add", 1.0, None, [], None)
     gelu = activation if activation is not None and _is_gelu(activation) and _has_avx512() else None
     x = convolve(x, *args, *_pointwise(gelu))
+    if residual is not None:
+        return x.add_(residual)
     return x if activation is gelu else _activated(x, activation)
 
 
@@ -517,8 +519,8 @@ def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:
 
 @functools.cache
 def _has_avx512() -> bool:
-    """Without it, oneDNN's linear layers, and its GELU behind convolutions, take longer than torch's own. On ARM they
-    may even be oneDNN's reference code, which is slower by far."""
+    """Without it, oneDNN's linear layers, and its GELU behind convolutions, take longer than torch's own. On ARM they,
+    and its sums, may even be oneDNN's reference code, which is slower by far."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
