@@ -736,22 +736,24 @@ def test_where_half_precision_is_slow(monkeypatch, cpuinfo, bfloat16, float16):
 
 @torch.no_grad()
 def test_weights_stay_as_they_are_where_onednn_would_be_slower(monkeypatch):
+    """With what they are packed by is noted, for a processor without bfloat16 cannot."""
     monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: False)
     monkeypatch.setattr(fusion_mambavision, "_onednn_is_faster", lambda x, layer: True)
     monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(fusion_mambavision.FusedLinear, "_pack", lambda self, pack, dtype: pack)
     packed = []
+    monkeypatch.setattr(
+        fusion_mambavision, "_linear", lambda x, pack, *rest: packed.append(pack is not torch.Tensor.contiguous) or x
+    )
     for flags, dtype, tokens, expected in (
-        ({"amx_tile"}, torch.bfloat16, 48, True),
-        ({"amx_tile"}, torch.bfloat16, 49, False),
-        ({"amx_tile"}, torch.bfloat16, 95, False),
-        ({"amx_tile"}, torch.bfloat16, 96, True),
-        ({"amx_tile"}, torch.float32, 49, True),
-        ({"avx512f"}, torch.bfloat16, 49, True),
+        ("amx_tile", torch.bfloat16, 48, True),
+        ("amx_tile", torch.bfloat16, 49, False),
+        ("amx_tile", torch.bfloat16, 95, False),
+        ("amx_tile", torch.bfloat16, 96, True),
+        ("amx_tile", torch.float32, 49, True),
+        ("avx512f", torch.bfloat16, 49, True),
     ):
-        monkeypatch.setattr(fusion_mambavision, "_flags", lambda flags=flags: flags)
-        monkeypatch.setattr(
-            fusion_mambavision, "_linear", lambda x, weight, *rest: packed.append(weight.is_mkldnn) or x
-        )
+        monkeypatch.setattr(fusion_mambavision, "_flags", lambda flags=flags: {flags})
         fusion_mambavision.FusedLinear(nn.Linear(32, 96).to(dtype))(torch.zeros(1, tokens, 32, dtype=dtype))
         assert packed.pop() == expected, (flags, dtype, tokens)
 
