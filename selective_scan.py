@@ -360,9 +360,7 @@ def _forward(
             delta = torch.add(dt_, dt_bias, out=dt_.new_empty(dt_.shape))
             torch.ops.aten.softplus.out(delta, out=delta)
             steps, chunks = delta.shape[:2]
-            padding = steps * chunks - (part.stop - part.start)
-            if padding:
-                delta[-padding:, -1] = 0  # a step of no length leaves the state alone
+            padding = steps * chunks - (part.stop - part.start)  # behind the last step of all, whose state nobody needs
             delta_x = torch.mul(delta, x, out=x.new_empty(x.shape))
             saved, unsaved = unsaved.tensor_split([-(-chunks // plan.chunks_of_run)])
             out = _scan_chunks(delta, delta_x, A_log2e, B_, C_, state, saved, plan.chunks_of_run)
