@@ -996,6 +996,19 @@ def test_changed_layers_compute_what_they_say(classifier, change, fused):
         assert (model(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
 
 
+BRANCHES = [name for name in CHANGES if "attention" in name or name.startswith(("hooked", "replaced"))]
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+@pytest.mark.parametrize("change", BRANCHES)
+def test_changed_branches_without_layer_scale_compute_what_they_say(classifier, change):
+    """Whose last layers would otherwise add the block's input."""
+    for level in classifier.model.levels[2:]:
+        for block in level.blocks:
+            block.gamma_1 = block.gamma_2 = None
+    test_changed_layers_compute_what_they_say(classifier, change, fused=False)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_hooks_are_given_stays_as_it_was(classifier, fused):
     """Without gradients a mixer writes over what it needs no more."""
