@@ -183,6 +183,7 @@ class MambaVisionMixer(nn.Module):
         return linear(self._mixed(hidden_states), self.out_proj)
 
     def add_to(self, residual: Tensor, hidden_states: Tensor) -> Tensor:
+        """residual + self(hidden_states), both (B, L, C), the sum by the last layer."""
         return linear(self._mixed(hidden_states), self.out_proj, residual=residual)
 
     def _mixed(self, hidden_states: Tensor) -> Tensor:
@@ -253,6 +254,7 @@ class Attention(nn.Module):
         return self.proj_drop(linear(self._attended(x), self.proj))
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + self(x), both (B, L, C), the sum by the last layer."""
         if type(self.proj_drop) is nn.Identity and is_untouched(self.proj_drop):
             return linear(self._attended(x), self.proj, residual=residual)
         return residual + self(x)
@@ -284,6 +286,7 @@ class Mlp(nn.Module):
         return linear(linear(x, self.fc1, self.act), self.fc2)
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + self(x), both (B, L, C), the sum by the last layer."""
         return linear(linear(x, self.fc1, self.act), self.fc2, residual=residual)
 
 

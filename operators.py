@@ -1,5 +1,5 @@
 """Operators of our own: one node of a graph for torch.compile, and a plain call where nobody looks on. Also `dense`,
-for operators of torch's that misread layouts."""
+for operators of torch's that misread layouts, and `evenly`, by which work is divided."""
 
 import functools
 from collections.abc import Callable
@@ -97,6 +97,11 @@ def dense(x: Tensor) -> Tensor:
     if x.grad_fn is not None and not is_traced():
         x.register_hook(Tensor.contiguous)
     return x
+
+
+def evenly(total: int, most: int) -> int:
+    """The size of equal parts, but for the last, of as few as hold no more than `most` each, and at least one."""
+    return max(1, -(-total // max(1, -(-total // max(1, most)))))
 
 
 def has_modes() -> bool:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import define, misreads_layouts, needs_gradient
+from .operators import define, evenly, misreads_layouts, needs_gradient
 
 
 try:
@@ -528,9 +528,9 @@ def _plan(u: Tensor, states: int, is_training: bool) -> _Plan:
     else:
         most, part, block = _GPU_SLICE_ELEMENTS, _GPU_PART_ELEMENTS, _GPU_BLOCK_ELEMENTS
     row = channels * states
-    rows = _evenly(batch, block // (row * _LEAST_STEPS) if is_training else 2 * most // row)
+    rows = evenly(batch, block // (row * _LEAST_STEPS) if is_training else 2 * most // row)
     row *= rows
-    length = _evenly(length, part // (rows * channels))
+    length = evenly(length, part // (rows * channels))
     chunks = min(most // row, 2 * math.isqrt(length))
     steps = _near_divisor(length, -(-length // chunks) if chunks >= _LEAST_CHUNKS else length)
     if is_training:
@@ -538,11 +538,6 @@ def _plan(u: Tensor, states: int, is_training: bool) -> _Plan:
     chunks_of_run = max(1, block // (row * steps))
     chunks = -(-length // steps)
     return _Plan(rows, steps, -(-chunks // chunks_of_run) * chunks_of_run if is_training else chunks, chunks_of_run)
-
-
-def _evenly(total: int, most: int) -> int:
-    """The size of equal parts, but for the last, of as few as hold no more than `most` each, and at least one."""
-    return max(1, -(-total // max(1, -(-total // max(1, most)))))
 
 
 def _near_divisor(length: int, steps: int) -> int:

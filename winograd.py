@@ -19,6 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operators import evenly
+
 
 TILE, KERNEL = 4, 3
 PATCH = TILE + KERNEL - 1
@@ -128,7 +130,7 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     # as many images at a time, or rows of tiles of one image, as a piece holds, and about as many in the last one
     width = PATCH**2 * max(C, K)
     count = min(max(PIECE * torch.get_num_threads(), MIN_TILES * width), LARGEST_PIECE) // width
-    images, strip = _evenly(B, count // (rows * columns)), _evenly(rows, count // columns)
+    images, strip = evenly(B, count // (rows * columns)), evenly(rows, count // columns)
     count = images * strip * columns
     one, two = _scratch(2 * count * width).chunk(2)  # in turn what is read and what is written
     from_inputs, _, to_outputs = _transforms()
@@ -156,11 +158,6 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     if y.shape[1:3] != (H, W):
         y = y[:, :H, :W].contiguous()
     return y.permute(0, 3, 1, 2)
-
-
-def _evenly(total: int, most: int) -> int:
-    """The size of equal parts, but for the last, of as few as hold no more than `most` each, and at least one."""
-    return -(-total // -(-total // max(1, most)))
 
 
 def _patches(x: Tensor, row: int, rows: int, columns: int) -> Tensor:
