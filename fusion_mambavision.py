@@ -10,6 +10,7 @@ On a GPU one kernel does all that follows a convolution (fusion_triton.py).
 import copy
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
@@ -55,7 +56,7 @@ def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Modul
             stem[i + 1], stem[i + 2] = nn.Identity(), nn.Identity()
     for level in net.levels:
         reduction = getattr(getattr(level, "downsample", None), "reduction", None)
-        if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _is_plain_conv(reduction[0]):
+        if isinstance(reduction, nn.Sequential) and len(reduction) == 1 and _can_replace(reduction[0]):
             reduction[0] = FusedConv2d(copy.deepcopy(reduction[0]))
         for block in filter(is_known, getattr(level, "blocks", ())):
             if not hasattr(block, "mixer"):
@@ -65,7 +66,7 @@ def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Modul
                 _fuse_branch(block, "mixer", "proj" if hasattr(block.mixer, "proj") else "out_proj", "gamma_1")
             if is_known(block.mlp):
                 _fuse_branch(block, "mlp", "fc2", "gamma_2")
-    if _is_affine(norm) and type(pool) is nn.AdaptiveAvgPool2d and is_untouched(pool):
+    if _is_affine(norm) and is_untouched(norm) and type(pool) is nn.AdaptiveAvgPool2d and is_untouched(pool):
         net.norm, net.avgpool = nn.Identity(), nn.Sequential(pool, norm)  # one number for each channel instead of a map
     return fused
 
@@ -85,37 +86,45 @@ def _fuse_branch(block: nn.Module, name: str, last: str, gamma_name: str) -> Non
     branch, gamma = getattr(block, name), getattr(block, gamma_name)
     end = getattr(branch, "proj_drop", None)
     is_last = is_untouched(branch) and (end is None or (type(end) is nn.Identity and is_untouched(end)))
-    if gamma is not None and is_last and _is_plain(getattr(branch, last), nn.Linear):
+    if gamma is not None and is_last and _may_change(getattr(branch, last), nn.Linear):
         branch = copy.deepcopy(branch)  # another block may use it too
         setattr(block, name, branch)
         _scale(getattr(branch, last), gamma)
         setattr(block, gamma_name, None)
-    if name == "mlp" and _is_plain(branch.fc1, nn.Linear) and _is_gelu(branch.act):
+    if name == "mlp" and _may_change(branch.fc1, nn.Linear) and _is_gelu(branch.act):
         branch.fc1, branch.act = FusedLinear(branch.fc1, branch.act), nn.Identity()
-    for layer in ("in_proj", "x_proj", "qkv", last):
-        if _is_plain(getattr(branch, layer, None), nn.Linear):
+    for layer in ("in_proj", "qkv", last):
+        if _may_change(getattr(branch, layer, None), nn.Linear):
             setattr(branch, layer, FusedLinear(getattr(branch, layer)))
 
 
-def _is_plain(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether a layer is torch's own of a kind, neither quantised nor adapted nor hooked: others stay as they are."""
-    if type(layer) is not kind or not is_untouched(layer):
+def _may_change(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
+    return _is_exactly(layer, kind) and is_untouched(layer)
+
+
+def _is_exactly(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether a layer is torch's own of a kind, neither quantised nor adapted: others stay as they are."""
+    if type(layer) is not kind:
         return False
     return type(layer._parameters.get("weight")) is nn.Parameter and "bias" in layer._parameters
 
 
+def _can_replace(conv: nn.Module | None) -> bool:
+    return _pads_with_zeros(conv) and is_untouched(conv)
+
+
 def _can_fold(conv: nn.Module | None, norm: nn.Module | None) -> bool:
-    return _is_plain_conv(conv) and _is_affine(norm)
+    return _can_replace(conv) and _is_affine(norm) and is_untouched(norm)
 
 
-def _is_plain_conv(conv: nn.Module | None) -> bool:
-    """Whether a convolution is plain in that sense, and pads with zeros."""
-    return _is_plain(conv, nn.Conv2d) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+def _pads_with_zeros(conv: nn.Module | None) -> bool:
+    """Whether a layer is a convolution of torch's own, and how wide it pads with zeros is told in numbers."""
+    return _is_exactly(conv, nn.Conv2d) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _is_affine(norm: nn.Module | None) -> bool:
     """Whether a norm is a BatchNorm that computes with the statistics it has, not with those of the batch."""
-    return _is_plain(norm, nn.BatchNorm2d) and not norm.training and norm.running_var is not None
+    return _is_exactly(norm, nn.BatchNorm2d) and not norm.training and norm.running_var is not None
 
 
 def _is_gelu(activation: nn.Module | None) -> bool:
@@ -160,30 +169,84 @@ def _scale(layer: nn.Module, gamma: Tensor) -> None:
         layer.bias = nn.Parameter(layer.bias * gamma, requires_grad=False)
 
 
+def is_plain(x: Tensor, *modules: nn.Module | None) -> bool:
+    """Whether `linear` and `convolution` may compute modules, and all inside them, from x in place of calling them: in
+    inference on a CPU that oneDNN knows, of layers that nobody changed or hooked, and with nobody who looks on.
+
+    Asked once for many layers: it takes as long as a small one.
+    """
+    if type(x) is not Tensor or not x.is_cpu or is_traced() or x.numel() == 0 or x.layout != torch.strided:
+        return False
+    dtype = torch.float32 if x.dtype in HALVES and _is_slow(x.dtype) else x.dtype
+    if dtype not in ONEDNN_DTYPES or not torch.backends.mkldnn.enabled:
+        return False
+    is_recorded = torch.is_grad_enabled()
+    if (is_recorded and x.requires_grad) or torch.is_autocast_enabled("cpu") or is_transformed():
+        return False
+    if has_modes() or _has_hooks_of_all():  # modes that count operators, for one
+        return False
+    kinds = set()
+    return _are_plain(modules, x.dtype, is_recorded, kinds) and all(map(_computes_its_own, kinds))
+
+
+def _are_plain(
+    modules: Iterable[nn.Module | None], dtype: torch.dtype, is_recorded: bool, kinds: set[type[nn.Module]]
+) -> bool:
+    """The same of modules on their own, but for the code of their classes, which are added to `kinds`."""
+    for module in modules:
+        if module is None:
+            continue
+        if _is_changed(module):
+            return False
+        kinds.add(type(module))
+        for name, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            if name in ("weight", "bias"):
+                if type(tensor) is not nn.Parameter or tensor.dtype != dtype or tensor.layout != torch.strided:
+                    return False
+                if name == "bias" and not tensor.is_contiguous():  # oneDNN reads it as if it were dense
+                    return False
+            if not tensor.is_cpu or (is_recorded and tensor.requires_grad):
+                return False
+        if module._modules and not _are_plain(module._modules.values(), dtype, is_recorded, kinds):
+            return False
+    return True
+
+
 def is_untouched(layer: nn.Module) -> bool:
     """Whether a layer may be computed by other means than calling it: nobody hooked it or replaced its forward."""
-    torch_wide = nn.modules.module  # hooks of all modules
-    return not (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or torch_wide._global_forward_hooks
-        or torch_wide._global_forward_pre_hooks
-        or torch_wide._global_backward_hooks
-        or torch_wide._global_backward_pre_hooks
-        or "forward" in layer.__dict__
-        or not (is_traced() or _computes_its_own(layer))
+    return not _is_changed(layer) and not _has_hooks_of_all() and (is_traced() or _computes_its_own(type(layer)))
+
+
+def _is_changed(layer: nn.Module) -> bool:
+    """Whether a layer on its own has hooks, or other code than its class."""
+    state = layer.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_conv_forward" in state
     )
 
 
-def _computes_its_own(layer: nn.Module) -> bool:
-    """Whether nobody put other code into a layer's class, or into what a convolution's own forward calls."""
-    kind = type(layer)
+def _has_hooks_of_all() -> bool:
+    """Whether there are hooks of all modules."""
+    module = nn.modules.module
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
+
+
+def _computes_its_own(kind: type[nn.Module]) -> bool:
+    """Whether nobody put other code into a class of layers, or into what a convolution's forward calls."""
     convolve = getattr(kind, "_conv_forward", None)
-    if not _is_its_own(kind.forward, kind) or "_conv_forward" in layer.__dict__:
-        return False
-    return convolve is None or _is_its_own(convolve, kind)
+    return _is_its_own(kind.forward, kind) and (convolve is None or _is_its_own(convolve, kind))
 
 
 @functools.lru_cache
@@ -207,14 +270,21 @@ class _Fused(nn.Module):
         super().__init__()
         self.layer, self.activation, self.packed = layer, activation, {}
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_traced() or not self._can_fuse(x):
-            # not as attributes, or torch.compile would ask again for all that __getattr__ does to find them
-            layer, activation = self._modules["layer"], self._modules.get("activation")
-            x = layer(x) if activation is None else activation(layer(x))
-            return x if residual is None else residual + x
-        y, bias, added = _to(_precision(x, self.layer, is_prepared=True), x, self.layer.bias, residual)
-        return self._compute(y, bias, added).to(x.dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        # not as attributes, or torch.compile would ask again for all that __getattr__ does to find them
+        layer, activation = self._modules["layer"], self._modules.get("activation")
+        if is_plain(x, layer, activation):
+            return self.compute(x)
+        x = layer(x)
+        return x if activation is None else activation(x)
+
+    def compute(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same where `is_plain`, or in place of an activation the sum with `residual`."""
+        layer, activation = self._modules["layer"], self._modules.get("activation")
+        if not self._fits(layer):
+            return _in_turn(x, layer, activation, residual)
+        y, bias, added = _to(_precision(x, layer, is_prepared=True), x, _parameters(layer)[1], residual)
+        return self._compute(y, layer, bias, activation, added).to(x.dtype)
 
     def _pack(self, pack, dtype: torch.dtype, *args) -> Tensor:
         """pack(weight, *args) of the weight in a precision, kept until the weights are others."""
@@ -225,9 +295,6 @@ class _Fused(nn.Module):
         if packed is None or packed[0] is not weight or packed[1] != state:
             packed = self.packed[pack] = (weight, state, pack(weight.to(dtype), *args))
         return packed[2]
-
-    def _can_fuse(self, x: Tensor) -> bool:
-        return _onednn_takes(x, self.layer) and (self.activation is None or is_untouched(self.activation))
 
     def _apply(self, *args, **kwargs):
         self.packed = {}  # the weights move, or change their precision
@@ -262,33 +329,43 @@ class FusedConv2d(_Fused):
             self._lay_out()
         return self
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if not is_traced() and _may_finish(x, self.layer, None):
-            x = _convolve_and_finish(x, self.layer, None, self.activation)
-            return x if residual is None else residual + x
-        return super().forward(x, residual)
+            return _convolve_and_finish(x, self.layer, None, self.activation)
+        return super().forward(x)
 
-    def _can_fuse(self, x: Tensor) -> bool:
-        return _is_plain_conv(self.layer) and super()._can_fuse(x)
+    def _fits(self, layer: nn.Module) -> bool:
+        return _pads_with_zeros(layer)
 
-    def _compute(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        c = self.layer
+    def _compute(
+        self, x: Tensor, c: nn.Conv2d, bias: Tensor | None, activation: nn.Module | None, residual: Tensor | None
+    ) -> Tensor:
         if winograd_pays(x, c, is_prepared=True):
-            return _convolve_by_winograd(x, self._pack(winograd_filters, x.dtype), bias, self.activation, residual)
+            return _convolve_by_winograd(x, self._pack(winograd_filters, x.dtype), bias, activation, residual)
         reorder, shape = torch.ops.mkldnn._reorder_convolution_weight, list(x.shape)
         weight = self._pack(reorder, x.dtype, c.padding, c.stride, c.dilation, c.groups, shape)
-        return _convolve(x, c, weight, bias, self.activation, residual)
+        return _convolve(x, c, weight, bias, activation, residual)
 
 
 class FusedLinear(_Fused):
-    def _can_fuse(self, x: Tensor) -> bool:
-        return _is_plain(self.layer, nn.Linear) and super()._can_fuse(x) and _is_worth_replacing(x, self.layer)
+    def _fits(self, layer: nn.Module) -> bool:
+        return is_linear(layer)
 
-    def _compute(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-        is_faster = _onednn_is_faster(x, self.layer)
-        is_packed = is_faster and not _packing_is_slow(x, self.layer)
+    def _compute(
+        self, x: Tensor, layer: nn.Linear, bias: Tensor | None, activation: nn.Module | None, residual: Tensor | None
+    ) -> Tensor:
+        is_faster = _onednn_is_faster(x, layer)
+        is_packed = is_faster and not _packing_is_slow(x, layer)
         pack = torch.ops.mkldnn._reorder_linear_weight if is_packed else Tensor.contiguous
-        return _linear(x, self._pack(pack, x.dtype), bias, self.activation, residual, is_faster)
+        return _linear(x, self._pack(pack, x.dtype), bias, activation, residual, is_faster)
+
+
+def _in_turn(x: Tensor, *layers_and_residual) -> Tensor:
+    """What layers make of x one after the other, and its sum with a residual; None for what there is not."""
+    *layers, residual = layers_and_residual
+    for layer in layers:
+        x = x if layer is None else layer(x)
+    return x if residual is None else residual + x
 
 
 def convolution(
@@ -303,16 +380,14 @@ def convolution(
 
     Only where nothing but the time tells the two apart.
     """
-    is_fused = residual is not None and type(conv) is FusedConv2d and type(norm) is nn.Identity
-    if is_fused and is_untouched(conv) and is_untouched(norm):
-        return conv(x, residual)
+    is_folded = type(conv) is FusedConv2d and (norm is None or type(norm) is nn.Identity)
+    if is_folded and is_plain(x, conv, norm, activation):
+        x = conv.compute(x, residual)
+        return x if activation is None or type(activation) is nn.Identity else activation(x)
     if norm is not None and _may_finish(x, conv, norm):
-        x = _convolve_and_finish(x, conv, norm, activation)
-        return x if residual is None else residual + x
-    if is_traced() or not _is_worth_folding(x, conv, norm):
-        x = conv(x) if norm is None else norm(conv(x))
-        x = x if activation is None else activation(x)
-        return x if residual is None else residual + x
+        return _in_turn(_convolve_and_finish(x, conv, norm, activation), residual)
+    if not _is_worth_folding(x, conv, norm):
+        return _in_turn(x, conv, norm, activation, residual)
     dtype = _precision(x, conv)
     y = x.to(dtype)
     is_winograd = winograd_pays(y, conv, is_prepared=False)
@@ -344,7 +419,7 @@ def _can_finish(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
         return False
     if x.ndim != 4 or x.numel() == 0 or x.dtype == torch.float64:
         return False
-    if not (_is_plain_conv(conv) if norm is None else _can_fold(conv, norm)):
+    if not (_can_replace(conv) if norm is None else _can_fold(conv, norm)):
         return False
     vectors = [conv.bias]
     if norm is not None:
@@ -378,15 +453,16 @@ _LEAST_MAP = 2**16
 
 def _is_worth_folding(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
     """Whether a convolution and the norm behind it, or none, can be computed as one here, and are faster so."""
-    if norm is None:
-        if not _is_plain_conv(conv) or not _onednn_takes(x, conv) or x.ndim != 4:
-            return False
-        return _precision(x, conv) != x.dtype or _has_few_pixels(x, conv)
-    if not _can_fold(conv, norm) or not _onednn_takes(x, conv) or not _may_replace(x, norm):
+    if not is_plain(x, conv, norm) or x.ndim != 4 or not _pads_with_zeros(conv):
+        return False
+    if norm is not None and not _is_affine(norm):
         return False
     if _precision(x, conv) != x.dtype:
         return True
-    return x.numel() >= _LEAST_MAP
+    if norm is None:
+        return _has_few_pixels(x, conv)
+    # in half precision the convolution is so fast that to multiply its weights takes as long
+    return x.numel() >= max(_LEAST_MAP, conv.weight.numel() if x.dtype in HALVES else 0)
 
 
 # Weights of a convolution for each number of its map from which on a product with the map's patches is faster: it takes
@@ -451,34 +527,37 @@ def _activated(x: Tensor, activation: nn.Module) -> Tensor:
 
 
 def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-    """activation(layer(x)) of tokens (..., C), or in place of an activation the sum with `residual`, in one pass over
-    memory where that is faster.
-
-    Only where nothing but the time tells the two apart.
+    """activation(layer(x)) of tokens (..., C), or in place of an activation the sum with `residual`, where `is_plain`:
+    in one pass over memory where that is faster.
     """
-    if residual is not None and type(layer) is FusedLinear and is_untouched(layer):
-        return layer(x, residual)
-    fits = not is_traced() and type(x) is Tensor and x.is_cpu and _is_plain(layer, nn.Linear)
-    fits = fits and (activation is None or _is_gelu(activation))
-    if fits and _onednn_takes(x, layer):
-        (weight, bias), dtype, is_faster = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
-        if dtype != x.dtype:
-            x_, weight, bias, residual = _to(dtype, x, weight, bias, residual)
-            return _linear(x_, weight, bias, activation, residual, is_faster).to(x.dtype)
-        if is_faster:
-            return _linear(x, weight, bias, activation, residual, is_faster)
-    x = layer(x)
-    x = x if activation is None else activation(x)
-    return x if residual is None else residual + x
+    if type(layer) is FusedLinear:
+        x = layer.compute(x, residual)
+        return x if activation is None or type(activation) is nn.Identity else activation(x)
+    if not is_linear(layer) or not (activation is None or type(activation) is nn.GELU):
+        return _in_turn(x, layer, activation, residual)
+    (weight, bias), dtype, by_onednn = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
+    if x.dtype == weight.dtype == dtype:
+        return _linear(x, weight, bias, activation, residual, by_onednn)
+    x_, weight, bias, residual = _to(dtype, x, weight, bias, residual)
+    return _linear(x_, weight, bias, activation, residual, by_onednn).to(x.dtype)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is torch's own linear one, and `linear` computes it, in float32 whatever its weights are in."""
+    if type(layer).forward is not nn.Linear.forward:
+        return False
+    return type(layer._parameters.get("weight")) is nn.Parameter and "bias" in layer._parameters
+
+
+def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """norm(x) where `is_plain`."""
+    if type(norm) is not nn.LayerNorm:
+        return norm(x)
+    return F.layer_norm(x, norm.normalized_shape, *_parameters(norm), norm.eps)
 
 
 # Multiplications of a linear layer from which on oneDNN gains more than a call of it costs
 _LEAST_WORK = 2**23
-
-
-def _is_worth_replacing(x: Tensor, layer: nn.Linear) -> bool:
-    """Whether a linear layer gains by oneDNN's operator, or by another precision."""
-    return _onednn_is_faster(x, layer) or _precision(x, layer) != x.dtype
 
 
 def _onednn_is_faster(x: Tensor, layer: nn.Linear) -> bool:
@@ -507,9 +586,7 @@ def _linear(
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     if by_onednn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_pointwise(activation))
-    x = F.linear(x, weight, bias)
-    x = x if activation is None else activation(x)
-    return x if residual is None else residual + x
+    return _in_turn(F.linear(x, weight, bias), activation, residual)
 
 
 def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:
@@ -522,32 +599,6 @@ def _has_avx512() -> bool:
     """Without it, oneDNN's linear layers, and its GELU behind convolutions, take longer than torch's own. On ARM they,
     and its sums, may even be oneDNN's reference code, which is slower by far."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-def _onednn_takes(x: Tensor, layer: nn.Module) -> bool:
-    """Whether oneDNN's fused operators can run."""
-    return _may_replace(x, layer) and torch.backends.mkldnn.enabled and _precision(x, layer) in ONEDNN_DTYPES
-
-
-def _may_replace(x: Tensor, layer: nn.Module) -> bool:
-    """Whether other operators may compute a layer: on a CPU's plain tensors, with nobody who differentiates or records.
-
-    Not asked while a graph is made, in which questions about sizes would fix them.
-    """
-    if type(x) is not Tensor or x.numel() == 0:
-        return False
-    weight, bias = _parameters(layer)
-    is_recorded = torch.is_grad_enabled()
-    for tensor in (x, weight) if bias is None else (x, weight, bias):
-        if not tensor.is_cpu or tensor.layout != torch.strided or tensor.dtype != x.dtype:
-            return False
-        if is_recorded and tensor.requires_grad:
-            return False
-    if bias is not None and bias.stride() != (1,):  # they read it as if it were dense
-        return False
-    if torch.is_autocast_enabled("cpu") or is_transformed():
-        return False
-    return not has_modes()  # that count operators, for one
 
 
 def _parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputW
 from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
-from .fusion_mambavision import convolution, fused_copy, is_untouched, linear
+from .fusion_mambavision import convolution, fused_copy, is_linear, is_plain, is_untouched, layer_norm, linear
 from .operators import dense, is_traced, misreads_layouts
 from .selective_scan import (
     backend_on,
@@ -126,10 +126,8 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-def _is_only_added(x: Tensor, to: Tensor, drop_path: nn.Module) -> bool:
-    """Whether nothing happens to what a residual branch makes of x before it is added, so that its last layer may."""
-    if is_traced() or torch.is_grad_enabled() or x.dtype != to.dtype:
-        return False
+def _is_off(drop_path: nn.Module) -> bool:
+    """Whether stochastic depth leaves everything as it is."""
     return type(drop_path) is DropPath and not drop_path.training and is_untouched(drop_path)
 
 
@@ -148,7 +146,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = convolution(x, self.conv1, self.norm1, self.act1)
-        if self.gamma is None and _is_only_added(y, x, self.drop_path):
+        if self.gamma is None and x.dtype == y.dtype and not is_traced() and _is_off(self.drop_path):
             return convolution(y, self.conv2, self.norm2, residual=x)
         y = convolution(y, self.conv2, self.norm2)
         if self.gamma is not None:
@@ -180,37 +178,34 @@ class MambaVisionMixer(nn.Module):
         self.out_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return linear(self._mixed(hidden_states), self.out_proj)
-
-    def add_to(self, residual: Tensor, hidden_states: Tensor) -> Tensor:
-        """residual + self(hidden_states), both (B, L, C), the sum by the last layer."""
-        return linear(self._mixed(hidden_states), self.out_proj, residual=residual)
-
-    def _mixed(self, hidden_states: Tensor) -> Tensor:
-        xz = linear(hidden_states, self.in_proj)
-        x, z = xz.chunk(2, dim=-1)  # (B, L, C/2)
-        if self._is_unseen(xz):
-            # few operators, which count on a CPU: one convolution, and the result in the place of what it is made of
-            xz = silu_convolve(xz, torch.cat([self.conv1d_x.weight, self.conv1d_z.weight]))
-            x = xz.chunk(2, dim=-1)[0]
-            x.copy_(selective_scan(*self._scan_inputs(x)))
-            return xz
-        inputs = self._scan_inputs(_silu_convolve(self.conv1d_x, x))
-        if _is_plain(self.conv1d_z):
-            return scan_concat(*inputs, z, self.conv1d_z.weight)
-        return torch.cat([selective_scan(*inputs), _silu_convolve(self.conv1d_z, z)], dim=-1)
-
-    def _is_unseen(self, xz: Tensor) -> bool:
-        """Whether nobody else gets what the convolutions make of xz on a CPU: by gradients, graphs or hooks."""
-        if not xz.is_cpu or misreads_layouts(xz.device) or is_traced() or torch.is_grad_enabled() or is_transformed():
-            return False
-        return _is_plain(self.conv1d_x) and _is_plain(self.conv1d_z) and is_untouched(self.x_proj)
-
-    def _scan_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        dt, B, C = linear(x, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
-        A = -torch.exp(self.A_log.float())
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # (B, L, C/2)
+        x = _silu_convolve(self.conv1d_x, x)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, STATES, STATES], dim=-1)
         # the published weights were trained with the bias of dt_proj counted twice
-        return x, self.dt_proj(dense(dt)), A, B, C, self.D.float(), self._dt_bias(dt)
+        inputs = (x, self.dt_proj(dense(dt)), self._rates(), B, C, self.D.float(), self._dt_bias(dt))
+        if _is_depthwise(self.conv1d_z) and is_untouched(self.conv1d_z):
+            mixed = scan_concat(*inputs, z, self.conv1d_z.weight)
+        else:
+            mixed = torch.cat([selective_scan(*inputs), _silu_convolve(self.conv1d_z, z)], dim=-1)
+        return self.out_proj(mixed)
+
+    def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """self(x), or its sum with a residual, where `is_plain`.
+
+        In few operators, which count on a CPU: one convolution, and the result in the place of what it is made of.
+        """
+        convs, projections = (self.conv1d_x, self.conv1d_z), (self.x_proj, self.dt_proj)
+        if not (all(map(_is_depthwise, convs)) and all(map(is_linear, projections))):
+            return self(x) if residual is None else residual + self(x)
+        xz = silu_convolve(linear(x, self.in_proj), torch.cat([conv.weight for conv in convs]))
+        x = xz.chunk(2, dim=-1)[0]
+        wide = x.float()  # as the scan is computed; products so small gain nothing in half precision
+        dt, B, C = linear(wide, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
+        x.copy_(selective_scan(wide, linear(dt, self.dt_proj), self._rates(), B, C, self.D.float(), self._dt_bias(dt)))
+        return linear(xz, self.out_proj, residual=residual)
+
+    def _rates(self) -> Tensor:
+        return -torch.exp(self.A_log.float())
 
     def _dt_bias(self, dt: Tensor) -> Tensor:
         """What dt_proj adds to each step, (C/2,)."""
@@ -223,19 +218,18 @@ class MambaVisionMixer(nn.Module):
 
 def _silu_convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """silu of a convolution along the tokens of (B, L, C)."""
-    if _is_plain(conv):
+    if _is_depthwise(conv) and is_untouched(conv):
         return silu_convolve(x, conv.weight)
     return dense(F.silu(conv(dense(x.transpose(1, 2)))).transpose(1, 2))
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    """Whether a convolution is the mixer's own kind, which has kernels of its own, and nobody replaced or hooked it."""
+def _is_depthwise(conv: nn.Module) -> bool:
+    """Whether a convolution is the mixer's own kind, which has kernels of its own."""
     if type(conv) is not nn.Conv1d or is_traced_for_export():
         return False
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3,), (1,), (1,), (1,))
     depthwise = conv.groups == conv.in_channels == conv.out_channels
-    usual = shape and depthwise and conv.bias is None and conv.padding_mode == "zeros"
-    return usual and is_untouched(conv)
+    return shape and depthwise and conv.bias is None and conv.padding_mode == "zeros"
 
 
 class Attention(nn.Module):
@@ -251,19 +245,22 @@ class Attention(nn.Module):
         self.proj_drop = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(linear(self._attended(x), self.proj))
+        q, k, v = self._heads(self.qkv(x))
+        return self.proj_drop(self.proj(self._attended(self.q_norm(q), self.k_norm(k), v)))
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x), both (B, L, C), the sum by the last layer."""
-        if type(self.proj_drop) is nn.Identity and is_untouched(self.proj_drop):
-            return linear(self._attended(x), self.proj, residual=residual)
-        return residual + self(x)
+    def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """self(x), or its sum with a residual, where `is_plain`."""
+        if any(type(layer) is not nn.Identity for layer in (self.q_norm, self.k_norm, self.proj_drop)):
+            return self(x) if residual is None else residual + self(x)
+        return linear(self._attended(*self._heads(linear(x, self.qkv))), self.proj, residual=residual)
 
-    def _attended(self, x: Tensor) -> Tensor:
-        qkv = linear(x, self.qkv).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = dense(qkv.permute(2, 0, 3, 1, 4))  # (B, heads, L, C/heads)
-        x = _attend(self.q_norm(q), self.k_norm(k), v)
-        return x.transpose(1, 2).flatten(2)
+    def _heads(self, qkv: Tensor) -> Tensor:
+        """(B, L, 3C) as queries, keys and values, (3, B, heads, L, C/heads)."""
+        return dense(qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4))
+
+    @staticmethod
+    def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -283,10 +280,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(linear(x, self.fc1, self.act), self.fc2)
+        return self.fc2(self.act(self.fc1(x)))
 
-    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + self(x), both (B, L, C), the sum by the last layer."""
+    def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """self(x), or its sum with a residual, where `is_plain`."""
         return linear(linear(x, self.fc1, self.act), self.fc2, residual=residual)
 
 
@@ -305,16 +302,23 @@ class TokenBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self._add(x, self.norm1(x), self.mixer, self.gamma_1)
-        return self._add(x, self.norm2(x), self.mlp, self.gamma_2)
+        add = self._add_in_inference if self._is_plain(x) else self._add
+        return add(add(x, self.norm1, self.mixer, self.gamma_1), self.norm2, self.mlp, self.gamma_2)
 
-    def _add(self, x: Tensor, normed: Tensor, branch: nn.Module, gamma: Tensor | None) -> Tensor:
-        """x and what a branch makes of its norm; where that is only added, the branch's last layer adds it."""
-        is_known = type(branch) in (MambaVisionMixer, Attention, Mlp) and is_untouched(branch)
-        if gamma is None and is_known and _is_only_added(normed, x, self.drop_path):
-            return branch.add_to(x, normed)
-        residual = branch(normed)
+    def _is_plain(self, x: Tensor) -> bool:
+        if not is_plain(x, *self._modules.values()):
+            return False
+        return type(self.mixer) in (MambaVisionMixer, Attention) and type(self.mlp) is Mlp and _is_off(self.drop_path)
+
+    def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, gamma: Tensor | None) -> Tensor:
+        residual = branch(norm(x))
         return x + self.drop_path(residual if gamma is None else gamma * residual)
+
+    @staticmethod
+    def _add_in_inference(x: Tensor, norm: nn.Module, branch: nn.Module, gamma: Tensor | None) -> Tensor:
+        if gamma is None:
+            return branch.infer(layer_norm(x, norm), residual=x)  # whose last layer adds it
+        return torch.addcmul(x, gamma, branch.infer(layer_norm(x, norm)))
 
 
 class ConvStage(nn.Module):

@@ -68,7 +68,7 @@ def test_nothing_is_asked_of_the_layers(shallow_classifier, monkeypatch, fuse):
     model, pixel_values = shallow_classifier.fuse() if fuse else shallow_classifier, image((1, 3, 64, 64))
     with torch.inference_mode():
         expected = model(pixel_values).logits
-        for name in ("_is_plain", "_onednn_takes"):
+        for name in ("_are_plain", "_is_exactly"):
             monkeypatch.delattr(fusion_mambavision, name)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(pixel_values).logits, expected, rtol=1e-3, atol=1e-4)

@@ -475,7 +475,7 @@ def test_the_faster_operators_are_taken(classifier, processor, any_size_pays):
             mixers = sum(isinstance(module, MambaVisionMixer) for module in model.modules())
             by_torch = 0 if has_linear else 2 * sum(model.config.depths[2:])
             assert called["aten::add"] - mixers == by_torch
-            assert called["aten::add_"] - mixers == (0 if has_linear else sum(model.config.depths[:2]))
+            assert called.get("aten::add_", 0) == (0 if has_linear else mixers + sum(model.config.depths[:2]))
 
 
 @pytest.mark.parametrize("has_gamma", [False, True])
@@ -670,7 +670,7 @@ with torch.inference_mode():
             assert logits.dtype == dtype and (logits - expected).abs().max() < 0.1 * expected.std()
             called = {id(weight) for weight in weights}
             in_half = {name.split(".")[-2] for name, weight in model.named_parameters() if id(weight) in called}
-            assert not is_x86 or in_half == {"dt_proj", "head"}, in_half
+            assert not is_x86 or in_half == {"head"}, in_half
             assert not any("slow_conv" in event.key for event in profile.key_averages())
 """
 
@@ -694,8 +694,7 @@ def test_small_layers_in_half_precision_stay_in_it(monkeypatch):
         assert precision(torch.zeros(1, 1, 64, dtype=dtype), layer, is_prepared=True) == torch.float32
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr(fusion_mambavision, "_onednn_takes", lambda x, layer: True)
-        patch.setattr(fusion_mambavision, "_is_worth_replacing", lambda x, layer: True)
+        patch.setattr(fusion_mambavision, "is_plain", lambda x, *layers: True)
         patch.setattr(fusion_mambavision, "_linear", lambda x, weight, *_: seen.extend((x, weight)) or x)
         fusion_mambavision.FusedLinear(layer)(torch.zeros(1, 4, 64, dtype=dtype))
     assert [x.dtype for x in seen] == [torch.float32] * 2
