@@ -550,6 +550,17 @@ def test_norms_behind_large_maps_alone_are_folded():
         assert has_norm != (is_folded and torch.backends.mkldnn.is_available())
 
 
+@torch.no_grad()
+def test_norms_behind_fast_convolutions_are_folded_for_fewer_weights_than_numbers(monkeypatch):
+    """Where half precision is fast: to multiply a convolution's weights then takes as long as the convolution."""
+    monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.float32, torch.bfloat16))
+    conv, norm = nn.Conv2d(160, 160, 3, padding=1).bfloat16(), nn.BatchNorm2d(160).bfloat16().eval()
+    for is_slow, batch, is_folded in ((False, 1, False), (False, 2, True), (True, 1, True)):
+        monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype, is_slow=is_slow: is_slow)
+        x = image((batch, 160, 28, 28)).bfloat16()  # 125,440 numbers each, and 230,400 weights
+        assert fusion_mambavision._is_worth_folding(x, conv, norm) == is_folded
+
+
 @pytest.mark.usefixtures("any_size_pays")
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @torch.inference_mode()
