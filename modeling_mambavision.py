@@ -146,7 +146,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = convolution(x, self.conv1, self.norm1, self.act1)
-        if self.gamma is None and x.dtype == y.dtype and not is_traced() and _is_off(self.drop_path):
+        is_added = self.gamma is None and not is_traced() and type(x) is Tensor and x.dtype == y.dtype
+        if is_added and _is_off(self.drop_path):
             return convolution(y, self.conv2, self.norm2, residual=x)
         y = convolution(y, self.conv2, self.norm2)
         if self.gamma is not None:

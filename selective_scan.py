@@ -382,7 +382,9 @@ def _scan_chunks(
     unless it is empty, the states that every so many of the chunks start with.
     """
     steps, chunks, batch, channels = delta.shape
-    h, decay = delta.new_empty(2, chunks, batch, len(A_log2e), channels).unbind(0)
+    # `ends` are the state before, and those behind each chunk
+    decay, ends = delta.new_empty(2 * chunks + 1, batch, len(A_log2e), channels).tensor_split([chunks])
+    ends[0].copy_(state)
     rates, weights, values = (x.unbind(0) for x in (delta.unsqueeze(-2), B.unsqueeze(-1), delta_x.unsqueeze(-2)))
 
     def advance(h: Tensor, t: int) -> None:
@@ -390,19 +392,15 @@ def _scan_chunks(
         torch.mul(rates[t], A_log2e, out=decay).exp2_()
         h.mul_(decay).addcmul_(weights[t], values[t])
 
-    if chunks == 1:
-        h[0].copy_(state)
-    else:
-        torch.mul(weights[0], values[0], out=h)
+    if chunks > 1:
+        h = torch.mul(weights[0], values[0], out=ends[1:])
         for t in range(1, steps):
             advance(h, t)
         torch.mul(delta.sum(0).unsqueeze(-2), A_log2e, out=decay).exp2_()  # of a whole chunk
-        first = h.new_empty(chunks + 1, *h.shape[1:])
-        start, own, factor = (x.unbind(0) for x in (first, h, decay))
-        start[0].copy_(state)
-        for k in range(chunks):
-            torch.addcmul(own[k], factor[k], start[k], out=start[k + 1])
-        h = first[:-1]
+        end, factor = ends.unbind(0), decay.unbind(0)
+        for k in range(chunks - 1):
+            end[k + 1].addcmul_(factor[k], end[k])
+    h = ends[:-1]
     if len(starts):
         starts.copy_(h[::every])
     out = torch.empty_like(delta)
