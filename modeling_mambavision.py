@@ -26,6 +26,7 @@ from .fusion_mambavision import convolution, fused_copy, is_linear, is_plain, is
 from .operators import dense, is_traced, misreads_layouts
 from .selective_scan import (
     backend_on,
+    infer_scan,
     is_traced_for_export,
     is_transformed,
     scan_concat,
@@ -202,7 +203,7 @@ class MambaVisionMixer(nn.Module):
         x = xz.chunk(2, dim=-1)[0]
         wide = x.float()  # as the scan is computed; products so small gain nothing in half precision
         dt, B, C = linear(wide, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
-        x.copy_(selective_scan(wide, linear(dt, self.dt_proj), self._rates(), B, C, self.D.float(), self._dt_bias(dt)))
+        x.copy_(infer_scan(wide, linear(dt, self.dt_proj), self._rates(), B, C, self.D.float(), self._dt_bias(dt)))
         return linear(xz, self.out_proj, residual=residual)
 
     def _rates(self) -> Tensor:
