@@ -149,9 +149,9 @@ def _folded_weights(
     bias = offset * factor if shift is None else torch.addcmul(shift, offset, factor)
     if gamma is not None:
         factor, bias = factor * gamma, bias * gamma
-    # first the layout: then what is multiplied and rounded is dense
-    weight = conv.weight if layout is None else conv.weight.contiguous(memory_format=layout)
-    return (weight * factor.view(-1, 1, 1, 1)).to(dtype), bias.to(dtype)
+    # not of two precisions, which torch multiplies piece by piece
+    weight = (conv.weight.to(factor.dtype) * factor.view(-1, 1, 1, 1)).to(dtype)
+    return weight if layout is None else weight.contiguous(memory_format=layout), bias.to(dtype)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, gamma: Tensor | None = None) -> nn.Conv2d:

@@ -47,6 +47,8 @@ except ImportError:
 
 
 STATES = 8  # of the selective scan, per channel
+# Of fewer than these a convolution along the tokens takes longer in half precision than in float32
+_FEW_NUMBERS = 2**17
 # Where a checkpoint comes from, among the arguments of `from_pretrained`
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -197,14 +199,18 @@ class MambaVisionMixer(nn.Module):
         In few operators, which count on a CPU: one convolution, and the result in the place of what it is made of.
         """
         convs, projections = (self.conv1d_x, self.conv1d_z), (self.x_proj, self.dt_proj)
-        if not (all(map(_is_depthwise, convs)) and all(map(is_linear, projections))):
+        if not (all(map(_is_depthwise, convs)) and all(map(is_linear, projections))) or self.dt_proj.bias is None:
             return self(x) if residual is None else residual + self(x)
-        xz = silu_convolve(linear(x, self.in_proj), torch.cat([conv.weight for conv in convs]))
-        x = xz.chunk(2, dim=-1)[0]
-        wide = x.float()  # as the scan is computed; products so small gain nothing in half precision
+        xz = linear(x, self.in_proj)
+        if xz.numel() < _FEW_NUMBERS:
+            xz = xz.float()
+        xz = silu_convolve(xz, torch.cat([conv.weight for conv in convs]).to(xz.dtype))
+        u = xz.chunk(2, dim=-1)[0]
+        wide = u.float()  # as the scan is computed; products so small gain nothing in half precision
         dt, B, C = linear(wide, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
-        x.copy_(infer_scan(wide, linear(dt, self.dt_proj), self._rates(), B, C, self.D.float(), self._dt_bias(dt)))
-        return linear(xz, self.out_proj, residual=residual)
+        dt = dt @ self.dt_proj.weight.T.float()  # the scan adds the bias, which counts twice
+        u.copy_(infer_scan(wide, dt, self._rates(), B, C, self.D.float(), 2 * self.dt_proj.bias.float()))
+        return linear(xz.to(x.dtype), self.out_proj, residual=residual)
 
     def _rates(self) -> Tensor:
         return -torch.exp(self.A_log.float())
