@@ -310,23 +310,30 @@ class TokenBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        add = self._add_in_inference if self._is_plain(x) else self._add
-        return add(add(x, self.norm1, self.mixer, self.gamma_1), self.norm2, self.mlp, self.gamma_2)
-
-    def _is_plain(self, x: Tensor) -> bool:
-        if not is_plain(x, *self._modules.values()):
-            return False
-        return type(self.mixer) in (MambaVisionMixer, Attention) and type(self.mlp) is Mlp and _is_off(self.drop_path)
+        if is_plain(x, *self._modules.values()) and self.is_usual():
+            return self.infer(x)
+        x = self._add(x, self.norm1, self.mixer, self.gamma_1)
+        return self._add(x, self.norm2, self.mlp, self.gamma_2)
 
     def _add(self, x: Tensor, norm: nn.Module, branch: nn.Module, gamma: Tensor | None) -> Tensor:
         residual = branch(norm(x))
         return x + self.drop_path(residual if gamma is None else gamma * residual)
 
-    @staticmethod
-    def _add_in_inference(x: Tensor, norm: nn.Module, branch: nn.Module, gamma: Tensor | None) -> Tensor:
-        if gamma is None:
-            return branch.infer(layer_norm(x, norm), residual=x)  # whose last layer adds it
-        return torch.addcmul(x, gamma, branch.infer(layer_norm(x, norm)))
+    def is_usual(self) -> bool:
+        """Whether its branches are of those that can `infer`, and nothing happens to them before they are added."""
+        return type(self.mixer) in (MambaVisionMixer, Attention) and type(self.mlp) is Mlp and _is_off(self.drop_path)
+
+    def infer(self, x: Tensor) -> Tensor:
+        """self(x) where `is_plain` and `is_usual`."""
+        for norm, branch, gamma in (
+            (self.norm1, self.mixer, self.gamma_1),
+            (self.norm2, self.mlp, self.gamma_2),
+        ):
+            if gamma is None:
+                x = branch.infer(layer_norm(x, norm), residual=x)  # whose last layer adds it
+            else:
+                x = torch.addcmul(x, gamma, branch.infer(layer_norm(x, norm)))
+        return x
 
 
 class ConvStage(nn.Module):
@@ -381,8 +388,12 @@ class TokenStage(nn.Module):
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         x = x.reshape(B, rows, side, columns, side, C).transpose(2, 3)  # (B, rows, columns, side, side, C)
         x = dense(x.reshape(B * rows * columns, side * side, C))
+        blocks = self.blocks._modules.values()
+        is_inferred = is_plain(x, *blocks) and all(type(block) is TokenBlock and block.is_usual() for block in blocks)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
+            if is_inferred:  # asked once for all of them
+                x = block.infer(x)
+            elif self.gradient_checkpointing and self.training:
                 if torch.is_grad_enabled() and not x.requires_grad:
                     # behind a frozen stem torch's older form, transformers 4's default, sees nothing to differentiate
                     x = x.detach().requires_grad_(any(p.requires_grad for p in block.parameters()))
