@@ -203,7 +203,7 @@ def _are_plain(
             if tensor is None:
                 continue
             if name in ("weight", "bias"):
-                if type(tensor) is not nn.Parameter or tensor.dtype != dtype or tensor.layout != torch.strided:
+                if tensor.dtype != dtype or tensor.layout != torch.strided:
                     return False
                 if name == "bias" and not tensor.is_contiguous():  # oneDNN reads it as if it were dense
                     return False

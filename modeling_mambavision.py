@@ -150,7 +150,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = convolution(x, self.conv1, self.norm1, self.act1)
         is_added = self.gamma is None and not is_traced() and type(x) is Tensor and x.dtype == y.dtype
-        if is_added and _is_off(self.drop_path):
+        if is_added and not x.requires_grad and _is_off(self.drop_path):
             return convolution(y, self.conv2, self.norm2, residual=x)
         y = convolution(y, self.conv2, self.norm2)
         if self.gamma is not None:
@@ -320,7 +320,10 @@ class TokenBlock(nn.Module):
         return x + self.drop_path(residual if gamma is None else gamma * residual)
 
     def is_usual(self) -> bool:
-        """Whether its branches are of those that can `infer`, and nothing happens to them before they are added."""
+        """Whether its branches are of those that can `infer`, and nothing but a fixed scale is done to them."""
+        gammas = (self.gamma_1, self.gamma_2)
+        if torch.is_grad_enabled() and any(gamma is not None and gamma.requires_grad for gamma in gammas):
+            return False
         return type(self.mixer) in (MambaVisionMixer, Attention) and type(self.mlp) is Mlp and _is_off(self.drop_path)
 
     def infer(self, x: Tensor) -> Tensor:

@@ -945,12 +945,23 @@ CHANGES = {
     "hooked attention": lambda net: net.levels[2].blocks[-1].mixer.register_forward_hook(bent),
     "other end of the attention": lambda net: setattr(net.levels[2].blocks[-1].mixer, "proj_drop", nn.Tanh()),
     "hooked end of the attention": lambda net: net.levels[2].blocks[-1].mixer.proj_drop.register_forward_hook(bent),
+    "norm of the keys": lambda net: setattr(net.levels[2].blocks[-1].mixer, "k_norm", nn.Tanh()),
+    "another block of tokens": lambda net: net.levels[2].blocks.insert(1, nn.Tanh()),
+    "wider convolution of tokens": lambda net: setattr(
+        net.levels[2].blocks[0].mixer, "conv1d_z", nn.Conv1d(32, 32, 5, padding=2, groups=32, bias=False)
+    ),
+    "wrapped projection of steps": lambda net: wrap(net.levels[2].blocks[0].mixer, "dt_proj"),
+    "projection of steps without a bias": lambda net: setattr(net.levels[2].blocks[0].mixer.dt_proj, "bias", None),
     "kind of attention": lambda net: setattr(net.levels[2].blocks[-1].mixer, "__class__", NegativeAttention),
     "layer scale": lambda net: setattr(net.levels[2].blocks[0], "gamma_1", nn.Parameter(torch.randn(64))),
     "layer scale of convolutions": lambda net: setattr(net.levels[0].blocks[0], "gamma", nn.Parameter(torch.randn(16))),
     "shared convolutions": lambda net: setattr(net.levels[1].blocks[0], "conv2", net.levels[1].blocks[0].conv1),
     "shared MLPs": lambda net: setattr(net.levels[2].blocks[0], "mlp", net.levels[2].blocks[1].mlp),
 }
+
+
+def wrap(parent, name):
+    setattr(parent, name, nn.Sequential(getattr(parent, name)))
 
 
 def half_an_mlp(mlp, x):
@@ -1143,6 +1154,72 @@ def test_gradients_of_single_biases(classifier):
         bias.requires_grad_()
         assert torch.autograd.grad(classifier(image((2, 3, 64, 64))).logits.sum(), bias)[0].abs().sum() > 0
         bias.requires_grad_(False)
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+@pytest.mark.parametrize("name", ["gamma_1", "mixer.A_log", "mixer.dt_proj.bias", "mlp.fc2.weight", "norm1.weight"])
+def test_gradients_of_one_parameter_alone(classifier, name):
+    """Of which the rest, and the operators for inference, know nothing."""
+    pixel_values, parameter = image((2, 3, 64, 64)), f"model.levels.2.blocks.0.{name}"
+    parameters = dict(classifier.named_parameters())
+
+    def gradient():
+        return torch.autograd.grad(classifier(pixel_values).logits.square().sum(), parameters[parameter])[0]
+
+    expected = gradient()  # where all are recorded
+    classifier.requires_grad_(False)
+    parameters[parameter].requires_grad_()
+    torch.testing.assert_close(gradient(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+def test_gradients_of_a_blocks_input_alone(classifier):
+    """Behind a first convolution that passes none on."""
+    block = classifier.requires_grad_(False).model.levels[0].blocks[0]
+    block.gamma, block.conv1, block.norm1 = None, Detached(), nn.Identity()
+    x = torch.randn(2, 16, 16, 16, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(block(x).sum(), x)[0], torch.ones_like(x))
+
+
+class Detached(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+@pytest.mark.parametrize("name", ["x_proj", "dt_proj", "in_proj", "out_proj"])
+@torch.no_grad()
+def test_wrapped_projections_are_given_their_own_precision(classifier, name):
+    pixel_values = image((2, 3, 64, 64))
+    expected = classifier(pixel_values).logits
+    wrap(classifier.bfloat16().model.levels[2].blocks[0].mixer, name)
+    assert (classifier(pixel_values).logits - expected).abs().max() < 0.1 * expected.std()
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+@pytest.mark.parametrize("name", ["fc2.weight", "fc2.bias"])
+def test_another_precision_in_a_layer_is_refused_as_torch_does(classifier, name):
+    parameter = classifier.bfloat16().model.levels[2].blocks[0].mlp.get_parameter(name)
+    parameter.data = parameter.data.double()
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(RuntimeError, match="type"):
+            classifier(image((1, 3, 64, 64)))
+
+
+@pytest.mark.usefixtures("processor", "any_size_pays")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*weight_norm")
+@torch.no_grad()
+def test_scripted_and_parametrized_layers_are_called(classifier):
+    """Kinds of modules that keep their layers or weights otherwise."""
+    pixel_values, blocks = image((2, 3, 64, 64)), classifier.model.levels[2].blocks
+    blocks[0].norm1 = torch.jit.script(nn.Sequential(nn.LayerNorm(64), nn.Tanh()))
+    blocks[0].mixer.in_proj = nn.utils.parametrizations.weight_norm(blocks[0].mixer.in_proj)
+    blocks[1].mlp.fc1 = nn.utils.weight_norm(blocks[1].mlp.fc1)
+    blocks[-1].mlp = torch.jit.script(nn.Sequential(nn.Linear(64, 64)))
+    value = classifier(pixel_values).logits
+    with torch.enable_grad():
+        expected = classifier(pixel_values).logits.detach()
+    assert (value - expected).abs().max() < 1e-5 * expected.std()
 
 
 @torch.inference_mode()
