@@ -553,7 +553,7 @@ def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
     """norm(x) where `is_plain`."""
     if type(norm) is not nn.LayerNorm:
         return norm(x)
-    return F.layer_norm(x, norm.normalized_shape, *_parameters(norm), norm.eps)
+    return torch.layer_norm(x, norm.normalized_shape, *_parameters(norm), norm.eps)
 
 
 # Multiplications of a linear layer from which on oneDNN gains more than a call of it costs
