@@ -391,9 +391,9 @@ class TokenStage(nn.Module):
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         x = x.reshape(B, rows, side, columns, side, C).transpose(2, 3)  # (B, rows, columns, side, side, C)
         x = dense(x.reshape(B * rows * columns, side * side, C))
-        blocks = self.blocks._modules.values()
+        blocks = list(self.blocks)
         is_inferred = is_plain(x, *blocks) and all(type(block) is TokenBlock and block.is_usual() for block in blocks)
-        for block in self.blocks:
+        for block in blocks:
             if is_inferred:  # asked once for all of them
                 x = block.infer(x)
             elif self.gradient_checkpointing and self.training:
