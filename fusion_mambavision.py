@@ -104,8 +104,10 @@ def _may_change(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 def _is_exactly(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether a layer is torch's own of a kind, neither quantised nor adapted: others stay as they are."""
-    if type(layer) is not kind:
-        return False
+    return type(layer) is kind and _has_own_weights(layer)
+
+
+def _has_own_weights(layer: nn.Module) -> bool:
     return type(layer._parameters.get("weight")) is nn.Parameter and "bias" in layer._parameters
 
 
@@ -282,7 +284,7 @@ class _Fused(nn.Module):
         """The same where `is_plain`, or in place of an activation the sum with `residual`."""
         layer, activation = self._modules["layer"], self._modules.get("activation")
         if not self._fits(layer):
-            return _in_turn(x, layer, activation, residual)
+            return in_turn(x, layer, activation, residual)
         y, bias, added = _to(_precision(x, layer, is_prepared=True), x, _parameters(layer)[1], residual)
         return self._compute(y, layer, bias, activation, added).to(x.dtype)
 
@@ -360,7 +362,7 @@ class FusedLinear(_Fused):
         return _linear(x, self._pack(pack, x.dtype), bias, activation, residual, is_faster)
 
 
-def _in_turn(x: Tensor, *layers_and_residual) -> Tensor:
+def in_turn(x: Tensor, *layers_and_residual) -> Tensor:
     """What layers make of x one after the other, and its sum with a residual; None for what there is not."""
     *layers, residual = layers_and_residual
     for layer in layers:
@@ -385,9 +387,9 @@ def convolution(
         x = conv.compute(x, residual)
         return x if activation is None or type(activation) is nn.Identity else activation(x)
     if norm is not None and _may_finish(x, conv, norm):
-        return _in_turn(_convolve_and_finish(x, conv, norm, activation), residual)
+        return in_turn(_convolve_and_finish(x, conv, norm, activation), residual)
     if not _is_worth_folding(x, conv, norm):
-        return _in_turn(x, conv, norm, activation, residual)
+        return in_turn(x, conv, norm, activation, residual)
     dtype = _precision(x, conv)
     y = x.to(dtype)
     is_winograd = winograd_pays(y, conv, is_prepared=False)
@@ -534,7 +536,7 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None, res
         x = layer.compute(x, residual)
         return x if activation is None or type(activation) is nn.Identity else activation(x)
     if not is_linear(layer) or not (activation is None or type(activation) is nn.GELU):
-        return _in_turn(x, layer, activation, residual)
+        return in_turn(x, layer, activation, residual)
     (weight, bias), dtype, by_onednn = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
     if x.dtype == weight.dtype == dtype:
         return _linear(x, weight, bias, activation, residual, by_onednn)
@@ -544,13 +546,11 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None, res
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is torch's own linear one, and `linear` computes it, in float32 whatever its weights are in."""
-    if type(layer).forward is not nn.Linear.forward:
-        return False
-    return type(layer._parameters.get("weight")) is nn.Parameter and "bias" in layer._parameters
+    return type(layer).forward is nn.Linear.forward and _has_own_weights(layer)
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """norm(x) where `is_plain`."""
+    """norm(x) of tokens (..., C) where `is_plain`."""
     if type(norm) is not nn.LayerNorm:
         return norm(x)
     return torch.layer_norm(x, norm.normalized_shape, *_parameters(norm), norm.eps)
@@ -586,7 +586,7 @@ def _linear(
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     if by_onednn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_pointwise(activation))
-    return _in_turn(F.linear(x, weight, bias), activation, residual)
+    return in_turn(F.linear(x, weight, bias), activation, residual)
 
 
 def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:

@@ -22,7 +22,16 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutputW
 from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
-from .fusion_mambavision import convolution, fused_copy, is_linear, is_plain, is_untouched, layer_norm, linear
+from .fusion_mambavision import (
+    convolution,
+    fused_copy,
+    in_turn,
+    is_linear,
+    is_plain,
+    is_untouched,
+    layer_norm,
+    linear,
+)
 from .operators import dense, is_traced, misreads_layouts
 from .selective_scan import (
     backend_on,
@@ -194,13 +203,13 @@ class MambaVisionMixer(nn.Module):
         return self.out_proj(mixed)
 
     def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """self(x), or its sum with a residual, where `is_plain`.
+        """self(x), or its sum with a residual, both (B, L, C), where `is_plain`.
 
         In few operators, which count on a CPU: one convolution, and the result in the place of what it is made of.
         """
         convs, projections = (self.conv1d_x, self.conv1d_z), (self.x_proj, self.dt_proj)
         if not (all(map(_is_depthwise, convs)) and all(map(is_linear, projections))) or self.dt_proj.bias is None:
-            return self(x) if residual is None else residual + self(x)
+            return in_turn(x, self, residual)
         xz = linear(x, self.in_proj)
         if xz.numel() < _FEW_NUMBERS:
             xz = xz.float()
@@ -257,9 +266,9 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(self._attended(self.q_norm(q), self.k_norm(k), v)))
 
     def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """self(x), or its sum with a residual, where `is_plain`."""
+        """self(x), or its sum with a residual, both (B, L, C), where `is_plain`."""
         if any(type(layer) is not nn.Identity for layer in (self.q_norm, self.k_norm, self.proj_drop)):
-            return self(x) if residual is None else residual + self(x)
+            return in_turn(x, self, residual)
         return linear(self._attended(*self._heads(linear(x, self.qkv))), self.proj, residual=residual)
 
     def _heads(self, qkv: Tensor) -> Tensor:
@@ -291,7 +300,7 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
     def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """self(x), or its sum with a residual, where `is_plain`."""
+        """self(x), or its sum with a residual, both (B, L, C), where `is_plain`."""
         return linear(linear(x, self.fc1, self.act), self.fc2, residual=residual)
 
 

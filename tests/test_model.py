@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from checkpoints import published_model, published_weights
 from conftest import FIXTURES, ROOT, SHAPES, run_python
-from repository import fusion_mambavision, selective_scan, winograd
+from repository import fusion_mambavision, modeling_mambavision, selective_scan, winograd
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import (
     Attention,
@@ -1184,6 +1184,22 @@ def test_gradients_of_a_blocks_input_alone(classifier):
 class Detached(nn.Module):
     def forward(self, x):
         return x.detach()
+
+
+@pytest.mark.usefixtures("any_size_pays")
+@pytest.mark.parametrize("few", [0, math.inf])
+@torch.no_grad()
+def test_few_tokens_are_convolved_in_float32(classifier, monkeypatch, few):
+    pixel_values, seen, convolve = image((2, 3, 64, 64)), [], modeling_mambavision.silu_convolve
+    expected = classifier(pixel_values).logits
+    monkeypatch.setattr(modeling_mambavision, "_FEW_NUMBERS", few)
+    monkeypatch.setattr(
+        modeling_mambavision, "silu_convolve", lambda x, weight: (seen.append(x.dtype), convolve(x, weight))[1]
+    )
+    logits = classifier.bfloat16()(pixel_values).logits
+    assert (logits - expected).abs().max() < 0.1 * expected.std()
+    if torch.backends.mkldnn.is_available():
+        assert set(seen) == {torch.float32 if few else torch.bfloat16}
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")

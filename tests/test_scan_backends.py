@@ -15,6 +15,7 @@ from repository.modeling_mambavision import MambaVisionMixer, MambaVisionModel, 
 from repository.selective_scan import (
     backend_on,
     choose_backend,
+    infer_scan,
     selective_scan,
     selective_scan_reference,
     silu_convolve,
@@ -85,8 +86,9 @@ class TestChoice:
     def test_environment(self, monkeypatch):
         assert backend_on(CPU) == "torch"
         monkeypatch.setenv("MAMBAVISION_SCAN", "mamba_ssm")
-        with pytest.raises(RuntimeError, match="mamba_ssm needs a CUDA device"):
-            selective_scan(*inputs())
+        for scan in (selective_scan, infer_scan):
+            with pytest.raises(RuntimeError, match="mamba_ssm needs a CUDA device"):
+                scan(*inputs())
         assert backend_on(CPU, "torch") == "torch"
         monkeypatch.setenv("MAMBAVISION_SCAN", "")
         assert backend_on(CPU) == "torch"
