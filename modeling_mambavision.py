@@ -35,7 +35,7 @@ from .fusion_mambavision import (
 from .operators import dense, is_traced, misreads_layouts
 from .selective_scan import (
     backend_on,
-    infer_scan,
+    infer_scan_,
     is_traced_for_export,
     is_transformed,
     scan_concat,
@@ -218,7 +218,9 @@ class MambaVisionMixer(nn.Module):
         wide = u.float()  # as the scan is computed; products so small gain nothing in half precision
         dt, B, C = linear(wide, self.x_proj).split([self.dt_rank, STATES, STATES], dim=-1)
         dt = dt @ self.dt_proj.weight.T.float()  # the scan adds the bias, which counts twice
-        u.copy_(infer_scan(wide, dt, self._rates(), B, C, self.D.float(), 2 * self.dt_proj.bias.float()))
+        infer_scan_(wide, dt, self._rates(), B, C, self.D.float(), 2 * self.dt_proj.bias.float())
+        if wide is not u:
+            u.copy_(wide)
         return linear(xz.to(x.dtype), self.out_proj, residual=residual)
 
     def _rates(self) -> Tensor:

@@ -15,7 +15,7 @@ from repository.modeling_mambavision import MambaVisionMixer, MambaVisionModel, 
 from repository.selective_scan import (
     backend_on,
     choose_backend,
-    infer_scan,
+    infer_scan_,
     selective_scan,
     selective_scan_reference,
     silu_convolve,
@@ -86,7 +86,7 @@ class TestChoice:
     def test_environment(self, monkeypatch):
         assert backend_on(CPU) == "torch"
         monkeypatch.setenv("MAMBAVISION_SCAN", "mamba_ssm")
-        for scan in (selective_scan, infer_scan):
+        for scan in (selective_scan, infer_scan_):
             with pytest.raises(RuntimeError, match="mamba_ssm needs a CUDA device"):
                 scan(*inputs())
         assert backend_on(CPU, "torch") == "torch"
