@@ -343,7 +343,7 @@ class FusedConv2d(_Fused):
         self, x: Tensor, c: nn.Conv2d, bias: Tensor | None, activation: nn.Module | None, residual: Tensor | None
     ) -> Tensor:
         if winograd_pays(x, c, is_prepared=True):
-            return _convolve_by_winograd(x, self._pack(winograd_filters, x.dtype), bias, activation, residual)
+            return _then(winograd_convolution(x, self._pack(winograd_filters, x.dtype), bias), activation, residual)
         reorder, shape = torch.ops.mkldnn._reorder_convolution_weight, list(x.shape)
         weight = self._pack(reorder, x.dtype, c.padding, c.stride, c.dilation, c.groups, shape)
         return _convolve(x, c, weight, bias, activation, residual)
@@ -400,7 +400,7 @@ def convolution(
     else:
         weight, bias = _to(dtype, conv.weight, conv.bias)
     if is_winograd:
-        y = _convolve_by_winograd(y, winograd_filters(weight), bias, activation, residual)
+        y = _then(winograd_convolution(y, winograd_filters(weight), bias), activation, residual)
     elif norm is None and activation is None and _has_few_pixels(y, conv):
         y = _multiply_patches(y, conv, weight, bias)
     else:
@@ -506,25 +506,15 @@ def _convolve(
     if residual is not None and _has_avx512():
         return convolve.binary(x, residual, *args, "add", 1.0, None, [], None)
     gelu = activation if activation is not None and _is_gelu(activation) and _has_avx512() else None
-    x = convolve(x, *args, *_pointwise(gelu))
+    return _then(convolve(x, *args, *_pointwise(gelu)), activation if gelu is None else None, residual)
+
+
+def _then(x: Tensor, activation: nn.Module | None, residual: Tensor | None) -> Tensor:
+    """An activation or a sum, of what nobody else holds. Not oneDNN's ReLU, which makes zeros of what is no number."""
     if residual is not None:
         return x.add_(residual)
-    return x if activation is gelu else _activated(x, activation)
-
-
-def _convolve_by_winograd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: nn.Module | None, residual: Tensor | None
-) -> Tensor:
-    """The same of weights that `winograd_filters` gave."""
-    gelu = activation if activation is not None and _is_gelu(activation) and _has_avx512() else None
-    x = winograd_convolution(x, weight, bias, None if gelu is None else gelu.approximate)
-    if residual is not None:
-        return x.add_(residual)
-    return x if activation is gelu else _activated(x, activation)
-
-
-def _activated(x: Tensor, activation: nn.Module) -> Tensor:
-    """An activation of what nobody else holds. Not oneDNN's ReLU, which makes zeros of what is not a number."""
+    if activation is None:
+        return x
     return x.relu_() if type(activation) is nn.ReLU and is_untouched(activation) else activation(x)
 
 

@@ -109,14 +109,13 @@ def winograd_filters(weight: Tensor) -> Tensor:
     return torch.mm(from_filters, weight.reshape(K * C, KERNEL**2).T).view(PATCH**2, K, C).transpose(1, 2)
 
 
-def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 3x3 convolution with stride 1 and a border of one zero.
 
     Args:
         x: map (B, C, H, W), float32.
         weight: (36, C, K), from `winograd_filters`.
         bias: (K,), or None.
-        gelu: the approximation, "none" or "tanh", of a GELU that follows, which is oneDNN's; None where none does.
 
     Returns:
         The map (B, K, H, W), in channels_last.
@@ -134,7 +133,6 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
     count = images * strip * columns
     one, two = _scratch(2 * count * width).chunk(2)  # in turn what is read and what is written
     from_inputs, _, to_outputs = _transforms()
-    biases = None if gelu is None or bias is None else bias.expand(count, K).contiguous().view(-1)  # dense, for oneDNN
     for image in range(0, B, images):
         for row in range(0, rows, strip):
             target = tiles[:, :, image : image + images, row : row + strip]
@@ -144,13 +142,9 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: s
             factors = torch.mm(from_inputs, patch.view(PATCH**2, -1), out=two[: source.numel()].view(PATCH**2, -1))
             sums = one[: PATCH**2 * count * K].view(PATCH**2, count, K)
             torch.bmm(factors.view(PATCH**2, count, C), weight, out=sums)
-            sums = sums.view(PATCH**2, -1)
-            if gelu is not None:  # oneDNN's product applies it to what is still in the cache
-                added = None if biases is None else biases[: count * K]
-                outputs = torch.ops.mkldnn._linear_pointwise(to_outputs, sums.T, added, "gelu", [], gelu)
-                target.copy_(outputs.view(target.shape))
-                continue
-            outputs = torch.mm(to_outputs, sums, out=two[: target.numel()].view(TILE**2, -1)).view(target.shape)
+            outputs = two[: target.numel()]
+            torch.mm(to_outputs, sums.view(PATCH**2, -1), out=outputs.view(TILE**2, -1))
+            outputs = outputs.view(target.shape)
             if bias is None:
                 target.copy_(outputs)
             else:

@@ -610,7 +610,7 @@ def test_slow_half_precision_is_computed_in_float32(monkeypatch, dtype, is_fused
     seen, largest, step = [], torch.finfo(dtype).max, torch.finfo(dtype).eps
     has_onednn = torch.backends.mkldnn.is_available()
     monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype: True)
-    for name in ("_linear", "_convolve", "_convolve_by_winograd"):
+    for name in ("_linear", "_convolve", "winograd_convolution"):
         function = getattr(fusion_mambavision, name)
         monkeypatch.setattr(
             fusion_mambavision, name, lambda x, *args, function=function: (seen.append(x.dtype), function(x, *args))[1]
