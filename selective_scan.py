@@ -57,7 +57,7 @@ _SLICE_ELEMENTS = 2**16
 _PART_ELEMENTS = 2**20
 # Fewer chunks than this gain less than it costs to compute their decays twice
 _LEAST_CHUNKS = 4
-# Decays of so many steps, states and channels, 1 MiB of float32, are rather kept from the first walk for the second
+# Decays of a few sequences, 1 MiB of float32, are computed all at once and kept for the second walk
 _KEPT_ELEMENTS = 2**18
 # Elements of each of the three buffers that the backward pass works in: 1.5 MiB of float32
 _BLOCK_ELEMENTS = 3 * 2**17
@@ -405,15 +405,12 @@ def _scan_chunks(
     decay, ends = delta.new_empty(2 * chunks + 1, batch, len(A_log2e), channels).tensor_split([chunks])
     ends[0].copy_(state)
     rates, weights, values = (x.unbind(0) for x in (delta.unsqueeze(-2), B.unsqueeze(-1), delta_x.unsqueeze(-2)))
-
-    decays = (decay,) * steps
-    is_small = delta.numel() * len(A_log2e) <= _KEPT_ELEMENTS
-    if is_small:
-        # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
-        decays = torch.mul(delta.unsqueeze(-2), A_log2e).exp2_().unbind(0)
+    # exp2 is vectorised in torch itself; exp goes through MKL, which is slow on other makers' processors
+    is_kept = delta.numel() * len(A_log2e) <= _KEPT_ELEMENTS
+    decays = torch.mul(delta.unsqueeze(-2), A_log2e).exp2_().unbind(0) if is_kept else (decay,) * steps
 
     def advance(h: Tensor, t: int) -> None:
-        if not is_small:
+        if not is_kept:
             torch.mul(rates[t], A_log2e, out=decay).exp2_()
         h.mul_(decays[t]).addcmul_(weights[t], values[t])
 

@@ -72,12 +72,18 @@ def test_equals_the_float64_recurrence(form, length):
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 49, 63, 500])
 @pytest.mark.parametrize("elements", [1, 2 * 8 * 20, 24 * 8 * 20, 2**30])  # three sequences in two tiles, or in one
 @pytest.mark.parametrize("part", [1, 3 * 20 * 50, 2**30])
-def test_the_division_into_chunks_does_not_matter(monkeypatch, elements, part, length):
+@pytest.mark.parametrize("kept", [0, 2**30])
+def test_the_division_into_chunks_does_not_matter(monkeypatch, elements, part, kept, length):
+    monkeypatch.setattr(scan_module, "_KEPT_ELEMENTS", kept)
     monkeypatch.setattr(scan_module, "_SLICE_ELEMENTS", elements)
     monkeypatch.setattr(scan_module, "_PART_ELEMENTS", part)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    inputs = random_inputs(3, length, 20)
-    assert relative_error(selective_scan(*inputs), sequential_float64(*inputs)) < TOLERANCE[torch.float64]
+    u, *others = random_inputs(3, length, 20)
+    expected = sequential_float64(u, *others)
+    assert relative_error(selective_scan(u, *others), expected) < TOLERANCE[torch.float64]
+    both = torch.cat([u, u], dim=-1)  # in whose first half the result takes u's place
+    scan_module.infer_scan_(both[..., :20], *others)
+    assert relative_error(both[..., :20], expected) < TOLERANCE[torch.float64] and both[..., 20:].equal(u)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,7 +99,9 @@ def test_half_precision_inputs_are_scanned_in_float32(form, dtype):
 
 # One block, several, and blocks shorter than a step's row needs; batches in one tile and in several.
 @pytest.mark.parametrize("block_elements, part", [(2**19, 2**20), (288, 60), (128, 2**20), (1, 2**20), (2**19, 1)])
-def test_gradients_by_finite_differences(monkeypatch, block_elements, part):
+@pytest.mark.parametrize("kept", [0, 2**30])
+def test_gradients_by_finite_differences(monkeypatch, block_elements, part, kept):
+    monkeypatch.setattr(scan_module, "_KEPT_ELEMENTS", kept)
     monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", block_elements)
     monkeypatch.setattr(scan_module, "_PART_ELEMENTS", part)
     inputs = [x.requires_grad_() for x in random_inputs(3, 8, 4)]
@@ -259,11 +267,30 @@ class Layouts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_threads_keep_to_their_chunks():
+@pytest.mark.parametrize("kept", [0, 2**30])
+def test_threads_keep_to_their_chunks(monkeypatch, kept):
     """They share operators by the order in memory, and what another core has written comes slowly."""
+    monkeypatch.setattr(scan_module, "_KEPT_ELEMENTS", kept)
     with Layouts() as layouts:
         scan_module._forward(*random_inputs(3, 49, 20, dtype=torch.float32), False)
     assert len(layouts.are_dense) > 20 and all(layouts.are_dense)
+
+
+class Exponentials(TorchDispatchMode):
+    """How many numbers they are computed of."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += args[0].numel() if "exp2" in function.name() else 0
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("batch", "times"), [(1, 1), (8, 2)])
+def test_few_sequences_keep_their_decays(batch, times):
+    with Exponentials() as counted:
+        scan_module._forward(*random_inputs(batch, 196, 160, dtype=torch.float32), False)
+    assert times <= counted.count / (batch * 196 * 160 * 8) < times + 0.25  # beside the steps, the chunks as a whole
 
 
 class PassingOn(TorchFunctionMode):
