@@ -540,10 +540,16 @@ class _Plan(NamedTuple):
 
 def _plan(u: Tensor, states: int, is_training: bool) -> _Plan:
     """In training, where a graph may be made of it, the same for any number of threads."""
-    batch, length, channels = u.shape
-    if u.device.type == "cpu":
-        most, part, block = _SLICE_ELEMENTS, _PART_ELEMENTS, _BLOCK_ELEMENTS
-        most *= 2 if is_training else torch.get_num_threads()
+    divide = _divide if type(u) is Tensor else _divide.__wrapped__  # the sizes of a fake tensor may have no hash
+    return divide(*u.shape, states, u.device.type, is_training, 2 if is_training else torch.get_num_threads())
+
+
+@functools.lru_cache
+def _divide(
+    batch: int, length: int, channels: int, states: int, device_type: str, is_training: bool, threads: int
+) -> _Plan:
+    if device_type == "cpu":
+        most, part, block = threads * _SLICE_ELEMENTS, _PART_ELEMENTS, _BLOCK_ELEMENTS
     else:
         most, part, block = _GPU_SLICE_ELEMENTS, _GPU_PART_ELEMENTS, _GPU_BLOCK_ELEMENTS
     row = channels * states

@@ -25,6 +25,14 @@ TOLERANCE = {
 FORMS = {"blocked": selective_scan, "chunked": scan_module._scan_chunked}
 
 
+@pytest.fixture(autouse=True)
+def plans_of_this_test():
+    """Which may be told other sizes."""
+    scan_module._divide.cache_clear()
+    yield
+    scan_module._divide.cache_clear()
+
+
 def random_inputs(batch, length, channels, states=8, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -247,6 +255,7 @@ def test_sizes_of_other_devices(monkeypatch, batch, times):
     for kind in ("", "_GPU"):
         for name in ("_BLOCK_ELEMENTS", "_SLICE_ELEMENTS", "_PART_ELEMENTS"):
             monkeypatch.setattr(scan_module, name, getattr(scan_module, kind + name))
+        scan_module._divide.cache_clear()
         with Count() as counted:
             value, _ = scan_module._forward(*inputs, False)
         counts.append(counted.count)
