@@ -501,17 +501,18 @@ def _convolve(
     residual: Tensor | None,
 ) -> Tensor:
     """A convolution of these weights, with the strides and so on of `conv`, and an activation or a sum after it."""
-    convolve, gelu = torch.ops.mkldnn._convolution_pointwise, None
+    convolve = torch.ops.mkldnn._convolution_pointwise
     args = (weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups)
     if _has_avx512():
         if residual is not None:
             return convolve.binary(x, residual, *args, "add", 1.0, None, [], None)
-        gelu = activation if activation is not None and _is_gelu(activation) else None
-    if gelu is not None or weight.is_mkldnn:
-        x = convolve(x, *args, *_pointwise(gelu))
+        if activation is not None and _is_gelu(activation):
+            return convolve(x, *args, *_pointwise(activation))
+    if weight.is_mkldnn:
+        x = convolve(x, *args, *_pointwise(None))
     else:  # which takes less time to call
         x = F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return x if gelu is not None else _then(x, activation, residual)
+    return _then(x, activation, residual)
 
 
 def _then(x: Tensor, activation: nn.Module | None, residual: Tensor | None) -> Tensor:

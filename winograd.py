@@ -142,9 +142,8 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
             factors = torch.mm(from_inputs, patch.view(PATCH**2, -1), out=two[: source.numel()].view(PATCH**2, -1))
             sums = one[: PATCH**2 * count * K].view(PATCH**2, count, K)
             torch.bmm(factors.view(PATCH**2, count, C), weight, out=sums)
-            outputs = two[: target.numel()]
+            outputs = two[: target.numel()].view(target.shape)
             torch.mm(to_outputs, sums.view(PATCH**2, -1), out=outputs.view(TILE**2, -1))
-            outputs = outputs.view(target.shape)
             if bias is None:
                 target.copy_(outputs)
             else:
