@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import run_python
 from repository import selective_scan as scan_module
 from repository.selective_scan import selective_scan, selective_scan_reference
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -454,6 +455,16 @@ def test_compiled_scan_keeps_one_graph_and_gives_the_same():
     gradients = torch.autograd.grad(compiled(*inputs).sum(), inputs)
     for gradient, reference in zip(gradients, torch.autograd.grad(expected.sum(), inputs), strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_one_graph_of_training_for_batches_of_any_size():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(selective_scan, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 5):
+        inputs = [x.requires_grad_() for x in random_inputs(batch, 49, 12, dtype=torch.float32)]
+        expected = torch.autograd.grad(selective_scan(*inputs).sum(), inputs)
+        torch.testing.assert_close(torch.autograd.grad(compiled(*inputs).sum(), inputs), expected)
+    assert counter.frame_count == 1
 
 
 MEMORY = """
