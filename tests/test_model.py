@@ -1188,16 +1188,20 @@ class Detached(nn.Module):
 @pytest.mark.parametrize("few", [0, math.inf])
 @torch.no_grad()
 def test_few_tokens_are_convolved_in_float32(classifier, monkeypatch, few):
-    pixel_values, seen, convolve = image((2, 3, 64, 64)), [], modeling_mambavision.silu_convolve
-    expected = classifier(pixel_values).logits
+    seen, convolve, mixer = [], modeling_mambavision.silu_convolve, classifier.model.levels[2].blocks[0].mixer
+    mixer.bfloat16().D.uniform_(-1, 1)  # with 1, as in a fresh model, the scan gives little but what it is given
+    x = torch.randn(2, 49, mixer.d_model).bfloat16()
+    expected = copy.deepcopy(mixer).double()(x.double())
     monkeypatch.setattr(modeling_mambavision, "_FEW_NUMBERS", few)
     monkeypatch.setattr(
         modeling_mambavision, "silu_convolve", lambda x, weight: (seen.append(x.dtype), convolve(x, weight))[1]
     )
-    logits = classifier.bfloat16()(pixel_values).logits
-    assert (logits - expected).abs().max() < 0.1 * expected.std()
-    if torch.backends.mkldnn.is_available():
-        assert set(seen) == {torch.float32 if few else torch.bfloat16}
+    is_plain = modeling_mambavision.is_plain(x, mixer)
+    assert is_plain == torch.backends.mkldnn.is_available()
+    value = mixer.infer(x) if is_plain else mixer(x)
+    assert (value - expected).abs().max() < 0.03 * expected.std()  # rounded in several places, each by up to 0.004
+    if is_plain:
+        assert seen == [torch.float32 if few else torch.bfloat16]
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")
