@@ -548,6 +548,7 @@ def _plan(u: Tensor, states: int, is_training: bool) -> _Plan:
 def _divide(
     batch: int, length: int, channels: int, states: int, device_type: str, is_training: bool, threads: int
 ) -> _Plan:
+    """Worked out once for each size, which takes as long as a small operator."""
     if device_type == "cpu":
         most, part, block = threads * _SLICE_ELEMENTS, _PART_ELEMENTS, _BLOCK_ELEMENTS
     else:
