@@ -134,32 +134,35 @@ def _is_gelu(activation: nn.Module | None) -> bool:
 
 
 def _folded_weights(
-    conv: nn.Conv2d,
-    norm: nn.BatchNorm2d,
-    dtype: torch.dtype,
-    layout: torch.memory_format | None = None,
-    gamma: Tensor | None = None,
+    conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype, layout: torch.memory_format, gamma: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weight, in a layout or its own, and bias of the convolution, the norm and a layer scale in one; to half precision
-    rounded once."""
-    mean, variance, scale, shift = (
-        x if x is None or x.dtype in (torch.float32, torch.float64) else x.float()
-        for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    )
-    factor = torch.rsqrt(variance + norm.eps) * scale
-    offset = -mean if conv.bias is None else conv.bias - mean
-    bias = offset * factor if shift is None else torch.addcmul(shift, offset, factor)
+    """Weight, in a layout, and bias of the convolution, the norm and a layer scale in one; to half precision rounded
+    once."""
+    weight, bias = _to(dtype, conv.weight, conv.bias)
+    mean, variance, scale, shift = vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    if gamma is not None or any(x is not None and x.dtype != dtype for x in vectors):
+        wide = torch.float32 if dtype in HALVES else dtype  # which torch's batch_norm also takes beside half precision
+        mean, variance, scale, shift = _to(wide, *vectors)
     if gamma is not None:
-        factor, bias = factor * gamma, bias * gamma
-    # not of two precisions, which torch multiplies piece by piece
-    weight = (conv.weight.to(factor.dtype) * factor.view(-1, 1, 1, 1)).to(dtype)
-    return weight if layout is None else weight.contiguous(memory_format=layout), bias.to(dtype)
+        scale, shift = scale * gamma, None if shift is None else shift * gamma
+    zeros = torch.zeros_like(mean)
+
+    def normalized(x: Tensor, mean: Tensor, shift: Tensor | None) -> Tensor:
+        """Of numbers for each channel, by what computes the norm itself."""
+        y = torch.batch_norm(x.reshape(1, len(x), -1), scale, shift, mean, variance, False, 0.0, norm.eps, False)
+        return y.view(x.shape)
+
+    if layout is torch.channels_last:
+        weight = normalized(weight.movedim(1, -1), zeros, None).movedim(-1, 1)
+    else:
+        weight = normalized(weight, zeros, None)
+    return weight, normalized(zeros.to(dtype) if bias is None else bias, mean, shift)
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, gamma: Tensor | None = None) -> nn.Conv2d:
     """A new convolution: the old one may also be used elsewhere."""
     folded = copy.deepcopy(conv)
-    weights = _folded_weights(conv, norm, conv.weight.dtype, gamma=gamma)
+    weights = _folded_weights(conv, norm, conv.weight.dtype, torch.contiguous_format, gamma)
     folded.weight, folded.bias = (nn.Parameter(x, requires_grad=False) for x in weights)
     return folded
 
@@ -463,8 +466,7 @@ def _is_worth_folding(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> boo
         return True
     if norm is None:
         return _has_few_pixels(x, conv)
-    # in half precision the convolution is so fast that to multiply its weights takes as long
-    return x.numel() >= max(_LEAST_MAP, conv.weight.numel() if x.dtype in HALVES else 0)
+    return x.numel() >= _LEAST_MAP
 
 
 # Weights of a convolution for each number of its map from which on a product with the map's patches is faster: it takes
@@ -506,7 +508,7 @@ def _convolve(
     if _has_avx512():
         if residual is not None:
             return convolve.binary(x, residual, *args, "add", 1.0, None, [], None)
-        if activation is not None and _is_gelu(activation):
+        if activation is not None and type(activation) in (nn.GELU, nn.ReLU) and is_untouched(activation):
             return convolve(x, *args, *_pointwise(activation))
     if weight.is_mkldnn:
         x = convolve(x, *args, *_pointwise(None))
@@ -516,7 +518,7 @@ def _convolve(
 
 
 def _then(x: Tensor, activation: nn.Module | None, residual: Tensor | None) -> Tensor:
-    """An activation or a sum, of what nobody else holds. Not oneDNN's ReLU, which makes zeros of what is no number."""
+    """An activation or a sum, of what nobody else holds."""
     if residual is not None:
         return x.add_(residual)
     if activation is None:
@@ -552,13 +554,15 @@ def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
     return torch.layer_norm(x, norm.normalized_shape, *_parameters(norm), norm.eps)
 
 
-# Multiplications of a linear layer from which on oneDNN gains more than a call of it costs
-_LEAST_WORK = 2**23
+# Multiplications of a linear layer from which on oneDNN gains more than a call of it costs, and how wide it must be:
+# products of 36 channels take half as long again as MKL's
+_LEAST_WORK, _LEAST_WIDTH = 2**23, 64
 
 
 def _onednn_is_faster(x: Tensor, layer: nn.Linear) -> bool:
     """Than torch's own linear layer, whose products are MKL's."""
-    return x.numel() * layer.out_features >= _LEAST_WORK and _has_avx512()
+    is_worth_a_call = layer.out_features >= _LEAST_WIDTH and x.numel() * layer.out_features >= _LEAST_WORK
+    return is_worth_a_call and _has_avx512()
 
 
 def _packing_is_slow(x: Tensor, layer: nn.Linear) -> bool:
@@ -585,9 +589,14 @@ def _linear(
     return in_turn(F.linear(x, weight, bias), activation, residual)
 
 
-def _pointwise(gelu: nn.GELU | None) -> tuple[str, list, str]:
+def _pointwise(activation: nn.GELU | nn.ReLU | None) -> tuple[str, list, str]:
     """What oneDNN's operators do to their results: the function, its numbers, and the way to compute it."""
-    return ("none", [], "") if gelu is None else ("gelu", [], gelu.approximate)
+    if activation is None:
+        return "none", [], ""
+    if type(activation) is nn.ReLU:
+        # oneDNN's ReLU makes zeros of what is no number; of 1e-30 of a number nothing is left in the next sum
+        return "leaky_relu", [1e-30], ""
+    return "gelu", [], activation.approximate
 
 
 @functools.cache

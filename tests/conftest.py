@@ -187,3 +187,12 @@ def small_folder(classifier, tmp_path) -> Path:
     """A small model with filled weights, saved by transformers, in a folder that holds nothing else."""
     classifier.save_pretrained(tmp_path / "small")
     return tmp_path / "small"
+
+
+def norms_of_maps(profile: torch.profiler.profile) -> int:
+    """How many BatchNorms were computed of maps: with a convolution's weights, into which they are folded, is no map.
+
+    The profile must have recorded shapes.
+    """
+    norms = [event for event in profile.events() if event.name == "aten::native_batch_norm"]
+    return sum(len(event.input_shapes[0]) == 4 for event in norms)

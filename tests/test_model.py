@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from checkpoints import published_model, published_weights
-from conftest import FIXTURES, ROOT, SHAPES, run_python
+from conftest import FIXTURES, ROOT, SHAPES, norms_of_maps, run_python
 from repository import fusion_mambavision, modeling_mambavision, selective_scan, winograd
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import (
@@ -447,9 +447,8 @@ def processor(request, monkeypatch):
 @pytest.fixture(params=["direct", "winograd"])
 def any_size_pays(request, monkeypatch):
     """Small models too are computed by oneDNN, and their convolution blocks by it or by Winograd's algorithm."""
-    monkeypatch.setattr(fusion_mambavision, "_LEAST_WORK", 0)
-    monkeypatch.setattr(fusion_mambavision, "_LEAST_MAP", 0)
-    monkeypatch.setattr(fusion_mambavision, "_LEAST_USES", 0)
+    for name in ("_LEAST_WORK", "_LEAST_WIDTH", "_LEAST_MAP", "_LEAST_USES"):
+        monkeypatch.setattr(fusion_mambavision, name, 0)
     monkeypatch.setattr(winograd, "CALL_COST", math.inf if request.param == "direct" else -math.inf)
     monkeypatch.setattr(winograd, "_cores_share_a_cache", lambda: True)
     return request.param
@@ -459,16 +458,20 @@ def any_size_pays(request, monkeypatch):
 def test_the_faster_operators_are_taken(classifier, processor, any_size_pays):
     has_onednn = torch.backends.mkldnn.is_available()
     for model in (classifier, classifier.fuse()):
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(record_shapes=True) as profile:
             model(image((2, 3, 128, 128)))
         called = {event.key: event.count for event in profile.key_averages()}
         has_linear = has_onednn and processor == "AVX512"
         assert ("mkldnn::_linear_pointwise" in called) == has_linear
-        has_gelu = has_linear and any_size_pays == "direct"  # behind convolutions
-        assert ("mkldnn::_convolution_pointwise" in called) == (has_gelu or (has_onednn and model.is_fused))
+        convolutions = called.get("mkldnn::_convolution_pointwise", 0)
+        if model.is_fused:
+            assert (convolutions > 0) == has_onednn
+        else:  # the stem's, and those of the blocks
+            blocks = sum(model.config.depths[:2]) if any_size_pays == "direct" else 0
+            assert convolutions == (2 + 2 * blocks) * has_linear
         assert ("aten::unfold" in called) == (has_onednn and any_size_pays == "winograd")  # of maps into patches
         if has_onednn:  # the one behind the last map alone is not folded
-            assert called["aten::native_batch_norm"] == 1
+            assert norms_of_maps(profile) == 1
         if model.is_fused and has_onednn and any_size_pays == "direct":  # blocks' inputs are added by their layers
             mixers = sum(isinstance(module, MambaVisionMixer) for module in model.modules())
             by_torch = 0 if has_linear else 2 * sum(model.config.depths[2:])
@@ -527,6 +530,9 @@ def test_any_activation_follows_a_convolution(activation):
     if type(activation) is nn.GELU:
         value = fusion_mambavision.FusedConv2d(fusion_mambavision._folded(conv, norm), activation)(x)
         torch.testing.assert_close(value.double(), expected, rtol=0, atol=1e-5)
+    x[1] = float("nan")
+    value = fusion_mambavision.convolution(x, conv, norm, activation)
+    assert value[1].isnan().all() and not value[0].isnan().any()
 
 
 def test_blocks_are_traced_symbolically(classifier):
@@ -542,21 +548,9 @@ def test_blocks_are_traced_symbolically(classifier):
 def test_norms_behind_large_maps_alone_are_folded():
     conv, norm = nn.Conv2d(160, 160, 3, padding=1), nn.BatchNorm2d(160).eval()  # T's second stage
     for side, is_folded in ((28, True), (14, False)):
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(record_shapes=True) as profile:
             fusion_mambavision.convolution(image((1, 160, side, side)), conv, norm)
-        has_norm = "aten::native_batch_norm" in {event.key for event in profile.key_averages()}
-        assert has_norm != (is_folded and torch.backends.mkldnn.is_available())
-
-
-@torch.no_grad()
-def test_norms_behind_fast_convolutions_are_folded_for_fewer_weights_than_numbers(monkeypatch):
-    """Where half precision is fast: to multiply a convolution's weights then takes as long as the convolution."""
-    monkeypatch.setattr(fusion_mambavision, "ONEDNN_DTYPES", (torch.float32, torch.bfloat16))
-    conv, norm = nn.Conv2d(160, 160, 3, padding=1).bfloat16(), nn.BatchNorm2d(160).bfloat16().eval()
-    for is_slow, batch, is_folded in ((False, 1, False), (False, 2, True), (True, 1, True)):
-        monkeypatch.setattr(fusion_mambavision, "_is_slow", lambda dtype, is_slow=is_slow: is_slow)
-        x = image((batch, 160, 28, 28)).bfloat16()  # 125,440 numbers each, and 230,400 weights
-        assert fusion_mambavision._is_worth_folding(x, conv, norm) == is_folded
+        assert norms_of_maps(profile) != (is_folded and torch.backends.mkldnn.is_available())
 
 
 @pytest.mark.usefixtures("any_size_pays")
@@ -568,11 +562,11 @@ def test_a_default_device_changes_nothing(classifier, device):
     for model in (classifier, classifier.fuse()):
         expected = model(pixel_values).logits
         winograd._transforms.cache_clear()
-        with torch.device(device), torch.profiler.profile() as profile:
+        with torch.device(device), torch.profiler.profile(record_shapes=True) as profile:
             logits = model(pixel_values).logits
         assert torch.equal(logits, expected)
-        norms = sum(event.name == "aten::native_batch_norm" for event in profile.events())
-        assert (norms == 1) == torch.backends.mkldnn.is_available()  # the one behind the last map alone is not folded
+        # the one behind the last map alone is not folded
+        assert (norms_of_maps(profile) == 1) == torch.backends.mkldnn.is_available()
 
 
 @pytest.mark.usefixtures("processor", "any_size_pays")

@@ -1,5 +1,6 @@
 """The selective scan in plain torch against its definition in float64, one step after the other."""
 
+import math
 import platform
 from contextlib import nullcontext
 from pathlib import Path
@@ -67,7 +68,9 @@ def relative_error(value, expected):
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("form", FORMS)
-def test_equals_the_float64_recurrence(form, length):
+@pytest.mark.parametrize("by_mkl", [False, True])
+def test_equals_the_float64_recurrence(monkeypatch, form, length, by_mkl):
+    monkeypatch.setattr(scan_module, "_MKL_IS_FAST", by_mkl)
     inputs = random_inputs(2 if length < 4096 else 1, length, 20)
     expected = sequential_float64(*inputs)
     if length <= 500:
@@ -251,6 +254,7 @@ class Count(TorchDispatchMode):
 def test_sizes_of_other_devices(monkeypatch, batch, times):
     """Each operator costs a launch there, whatever its size: so many times fewer of them, and the same numbers."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(scan_module, "_MKL_IS_FAST", False)  # it is for the CPU alone
     inputs = random_inputs(batch, 196, 160, dtype=torch.float32)
     expected, counts = selective_scan_reference(*inputs), []
     for kind in ("", "_GPU"):
@@ -287,20 +291,48 @@ def test_threads_keep_to_their_chunks(monkeypatch, kept):
 
 
 class Exponentials(TorchDispatchMode):
-    """How many numbers they are computed of."""
+    """Of how many numbers which of them are computed."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.counts = {"aten::exp_": 0, "aten::exp2_": 0}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += args[0].numel() if "exp2" in function.name() else 0
+        if function.name() in self.counts:
+            self.counts[function.name()] += args[0].numel()
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("batch", "times"), [(1, 1), (8, 2)])
-def test_few_sequences_keep_their_decays(batch, times):
+@pytest.mark.parametrize("by_mkl", [False, True])
+def test_few_sequences_keep_their_decays(monkeypatch, batch, times, by_mkl):
+    monkeypatch.setattr(scan_module, "_MKL_IS_FAST", by_mkl)
     with Exponentials() as counted:
         scan_module._forward(*random_inputs(batch, 196, 160, dtype=torch.float32), False)
-    assert times <= counted.count / (batch * 196 * 160 * 8) < times + 0.25  # beside the steps, the chunks as a whole
+    count = sum(counted.counts.values()) / (batch * 196 * 160 * 8)
+    assert times <= count < times + 0.25  # beside the steps, the chunks as a whole, and a part of softplus
+
+
+@pytest.mark.parametrize(
+    ("shift", "rate", "is_taken"),
+    [(0, 1, True), (-200, 1, True), (80, 1, False), (0, 100, False), (math.inf, 1, False)],
+)
+def test_mkl_computes_exponentials_where_it_is_fast(monkeypatch, shift, rate, is_taken):
+    """Not where they overflow or underflow. Any way gives the same."""
+    monkeypatch.setattr(scan_module, "_MKL_IS_FAST", True)
+    u, dt, A, *others = random_inputs(2, 49, 20, dtype=torch.float32)
+    if shift == math.inf:
+        dt[0, 7, 3] = math.nan
+    else:
+        dt += shift
+    inputs = (u, dt, A * rate, *others)
+    expected = sequential_float64(*inputs)
+    with Exponentials() as counted:
+        value, _ = scan_module._forward(*inputs, False)
+    assert counted.counts["aten::exp2_"] > 0  # of whole chunks
+    assert (counted.counts["aten::exp_"] > u.numel() * A.shape[1]) == is_taken
+    assert torch.equal(value.isnan(), expected.isnan())
+    assert relative_error(value.nan_to_num(), expected.nan_to_num()) < TOLERANCE[torch.float32]
 
 
 class PassingOn(TorchFunctionMode):
