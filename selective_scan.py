@@ -379,16 +379,12 @@ def _scan_into(
         for part in _slices(length, plan.steps * plan.chunks):
             x, dt_, B_, C_ = (_by_steps(tensor[tile, part], plan.steps).to(dtype) for tensor in (u, dt, B, C))
             delta = torch.add(dt_, dt_bias, out=dt_.new_empty(dt_.shape))
-            by_mkl = _MKL_IS_FAST and u.is_cpu and _is_in_range(delta, A)
-            if by_mkl:
-                delta.exp_().log1p_()
-            else:
-                torch.ops.aten.softplus.out(delta, out=delta)
+            decays = _softplus_(delta, A)
             steps, chunks = delta.shape[:2]
             padding = steps * chunks - (part.stop - part.start)  # behind the last step of all, whose state nobody needs
             delta_x = torch.mul(delta, x, out=x.new_empty(x.shape))
             saved, unsaved = unsaved.tensor_split([-(-chunks // plan.chunks_of_run)])
-            out, state = _scan_chunks(delta, delta_x, A, by_mkl, B_, C_, state, saved, plan.chunks_of_run)
+            out, state = _scan_chunks(delta, delta_x, A, decays, B_, C_, state, saved, plan.chunks_of_run)
             if padding:
                 out.addcmul_(x, D)
                 y[tile, part] = out.permute(2, 1, 0, 3).flatten(1, 2)[:, :-padding]
@@ -396,18 +392,27 @@ def _scan_into(
                 torch.addcmul(out, x, D, out=_by_steps(y[tile, part], steps))
 
 
-def _is_in_range(pre: Tensor, A: Tensor) -> bool:
-    """Whether exp of steps before softplus does not overflow, and of decays does not underflow: MKL's then takes up to
-    sixty times as long."""
-    most = pre.amax().item()
-    return most < 80 and (max(most, 0) + 1) * A.amin().item() > -80  # false of what is no number
+def _softplus_(steps: Tensor, A: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """Softplus in place; gives the function that computes exp(steps * A), of parts of them too.
+
+    By MKL where it is fast, which it is not where an exponential overflows or underflows: there it takes up to sixty
+    times as long. Elsewhere with exp2, which is vectorised in torch itself, where exp is MKL's.
+    """
+    if _MKL_IS_FAST and steps.is_cpu:
+        most = steps.amax().item()
+        if most < 80 and (max(most, 0) + 1) * A.amin().item() > -80:  # not if it is no number
+            steps.exp_().log1p_()
+            return lambda steps, out: torch.mul(steps, A, out=out).exp_()
+    torch.ops.aten.softplus.out(steps, out=steps)
+    A_log2e = A * _LOG2_E
+    return lambda steps, out: torch.mul(steps, A_log2e, out=out).exp2_()
 
 
 def _scan_chunks(
     delta: Tensor,
     delta_x: Tensor,
     A: Tensor,
-    by_mkl: bool,
+    decays: Callable[[Tensor, Tensor | None], Tensor],
     B: Tensor,
     C: Tensor,
     state: Tensor | float,
@@ -416,31 +421,28 @@ def _scan_chunks(
 ) -> tuple[Tensor, Tensor]:
     """What the states put out, (steps, chunks, batch, channels), of chunks that follow one another, and the last state.
 
-    delta, delta_x (steps, chunks, batch, channels); A (states, channels); B, C (steps, chunks, batch, states); `state`
-    before them (batch, states, channels). Writes to `starts`, unless it is empty, the states that every so many of the
-    chunks start with.
+    delta, delta_x (steps, chunks, batch, channels); A (states, channels); `decays` from `_softplus_`; B, C (steps,
+    chunks, batch, states); `state` before them (batch, states, channels). Writes to `starts`, unless it is empty, the
+    states that every so many of the chunks start with.
     """
     steps, chunks, batch, channels = delta.shape
     # `ends` are the state before, and those behind each chunk
     decay, ends = delta.new_empty(2 * chunks + 1, batch, len(A), channels).tensor_split([chunks])
     ends[0] = state
     rates, weights, values = (x.unbind(0) for x in (delta.unsqueeze(-2), B.unsqueeze(-1), delta_x.unsqueeze(-2)))
-    A_log2e = A * _LOG2_E
-    # exp2 is vectorised in torch itself, where exp is MKL's
-    factor, exp_ = (A, Tensor.exp_) if by_mkl else (A_log2e, Tensor.exp2_)
-    is_kept = delta.numel() * len(A) <= _KEPT_ELEMENTS
-    decays = exp_(torch.mul(delta.unsqueeze(-2), factor)).unbind(0) if is_kept else (decay,) * steps
+    kept = None
+    if delta.numel() * len(A) <= _KEPT_ELEMENTS:
+        kept = decays(delta.unsqueeze(-2), None).unbind(0)
 
     def advance(h: Tensor, t: int) -> None:
-        if not is_kept:
-            exp_(torch.mul(rates[t], factor, out=decay))
-        h.mul_(decays[t]).addcmul_(weights[t], values[t])
+        h.mul_(decays(rates[t], decay) if kept is None else kept[t]).addcmul_(weights[t], values[t])
 
     if chunks > 1:
         h = torch.mul(weights[0], values[0], out=ends[1:])
         for t in range(1, steps):
             advance(h, t)
-        torch.mul(delta.sum(0).unsqueeze(-2), A_log2e, out=decay).exp2_()  # of a whole chunk
+        # of a whole chunk, which may well underflow
+        torch.mul(delta.sum(0).unsqueeze(-2), A * _LOG2_E, out=decay).exp2_()
         end, lasting = ends.unbind(0), decay.unbind(0)
         for k in range(chunks - 1):
             end[k + 1].addcmul_(lasting[k], end[k])
@@ -463,7 +465,6 @@ def _backward(
     states = A.shape[1]
     dtype = _compute_dtype(u)
     A_, D_, bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
-    A_log2e = A_ * _LOG2_E
     plan = _plan(u, states, is_training=True)
     rows, block = plan.rows, plan.steps * plan.chunks_of_run
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
@@ -480,11 +481,15 @@ def _backward(
             x, dt_, B_, C_, gy = (tensor[run].to(dtype) for tensor in inputs)
             steps = len(x)
             pre = dt_ + bias
-            delta = F.softplus(pre)
+            delta = pre.clone()
+            decays = _softplus_(delta, A_)
             delta_x = delta * x
-            h_.steps[0].copy_(starts[index, tile])
-            _run_block(delta, delta_x, A_log2e, B_, decay_, h_)
             a, before, after = decay_.whole[:steps], h_.whole[:steps], h_.whole[1 : steps + 1]
+            decays(delta.unsqueeze(-2), a)
+            h_.steps[0].copy_(starts[index, tile])
+            torch.mul(B_.unsqueeze(-1), delta_x.unsqueeze(-2), out=after)
+            for t in range(steps):
+                h_.steps[t + 1].addcmul_(decay_.steps[t], h_.steps[t])
 
             # grad_h[t] = C[t] grad_y[t] + decay[t+1] grad_h[t+1]
             g = torch.mul(C_.unsqueeze(-1), gy.unsqueeze(-2), out=grad_h_.whole[:steps])
@@ -521,18 +526,6 @@ class _Buffer:
     @functools.cached_property
     def steps(self) -> tuple[Tensor, ...]:
         return self.whole.unbind(0)
-
-
-def _run_block(delta: Tensor, delta_x: Tensor, A_log2e: Tensor, B: Tensor, decay: _Buffer, h: _Buffer) -> None:
-    """Fills `decay`, and `h` after its first step, which is where the states start.
-
-    delta, delta_x (steps, batch, channels); A times log2(e) (states, channels); B (steps, batch, states).
-    """
-    steps = len(delta)
-    torch.mul(delta.unsqueeze(-2), A_log2e, out=decay.whole[:steps]).exp2_()
-    torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=h.whole[1 : steps + 1])
-    for t in range(steps):
-        h.steps[t + 1].addcmul_(decay.steps[t], h.steps[t])
 
 
 def _by_steps(tensor: Tensor, steps: int) -> Tensor:
