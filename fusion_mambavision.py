@@ -134,10 +134,9 @@ def _is_gelu(activation: nn.Module | None) -> bool:
 
 
 def _folded_weights(
-    conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype, layout: torch.memory_format, gamma: Tensor | None = None
+    conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype, gamma: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weight, in a layout, and bias of the convolution, the norm and a layer scale in one; to half precision rounded
-    once."""
+    """Weight and bias of the convolution, the norm and a layer scale in one; to half precision rounded once."""
     weight, bias = _to(dtype, conv.weight, conv.bias)
     mean, variance, scale, shift = vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     if gamma is not None or any(x is not None and x.dtype != dtype for x in vectors):
@@ -152,17 +151,16 @@ def _folded_weights(
         y = torch.batch_norm(x.reshape(1, len(x), -1), scale, shift, mean, variance, False, 0.0, norm.eps, False)
         return y.view(x.shape)
 
-    if layout is torch.channels_last:
-        weight = normalized(weight.movedim(1, -1), zeros, None).movedim(-1, 1)
-    else:
-        weight = normalized(weight, zeros, None)
-    return weight, normalized(zeros.to(dtype) if bias is None else bias, mean, shift)
+    bias = normalized(zeros.to(dtype) if bias is None else bias, mean, shift)
+    if weight.is_contiguous():
+        return normalized(weight, zeros, None), bias
+    return normalized(weight.movedim(1, -1), zeros, None).movedim(-1, 1), bias  # channels_last, as it lies in memory
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, gamma: Tensor | None = None) -> nn.Conv2d:
     """A new convolution: the old one may also be used elsewhere."""
     folded = copy.deepcopy(conv)
-    weights = _folded_weights(conv, norm, conv.weight.dtype, torch.contiguous_format, gamma)
+    weights = _folded_weights(conv, norm, conv.weight.dtype, gamma)
     folded.weight, folded.bias = (nn.Parameter(x, requires_grad=False) for x in weights)
     return folded
 
@@ -398,8 +396,7 @@ def convolution(
     is_winograd = winograd_pays(y, conv, is_prepared=False)
     (residual,) = _to(dtype, residual)
     if norm is not None:
-        layout = torch.contiguous_format if is_winograd else torch.channels_last
-        weight, bias = _folded_weights(conv, norm, dtype, layout)
+        weight, bias = _folded_weights(conv, norm, dtype)
     else:
         weight, bias = _to(dtype, conv.weight, conv.bias)
     if is_winograd:

@@ -479,15 +479,27 @@ def test_the_faster_operators_are_taken(classifier, processor, any_size_pays):
             assert called.get("aten::add_", 0) == (0 if has_linear else sum(model.config.depths[:2]))
 
 
+@torch.inference_mode()
+def test_large_and_wide_products_alone_are_onednns(monkeypatch):
+    monkeypatch.setattr(fusion_mambavision, "_has_avx512", torch.backends.mkldnn.is_available)
+    for tokens, width, is_onednns in ((400, 160, True), (300, 160, False), (3000, 36, False)):
+        with torch.profiler.profile() as profile:
+            fusion_mambavision.linear(torch.randn(tokens, 160), nn.Linear(160, width))
+        by_onednn = "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+        assert by_onednn == (is_onednns and torch.backends.mkldnn.is_available())
+
+
 @pytest.mark.parametrize("has_gamma", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @torch.no_grad()
-def test_convolution_norm_and_layer_scale_are_rounded_once(dtype, has_gamma):
-    conv, norm = nn.Conv2d(8, 16, 3).to(dtype), nn.BatchNorm2d(16).to(dtype).eval()
+def test_convolution_norm_and_layer_scale_are_rounded_once(dtype, has_gamma, layout):
+    conv, norm = nn.Conv2d(8, 16, 3).to(dtype, memory_format=layout), nn.BatchNorm2d(16).to(dtype).eval()
     gamma = torch.rand(16).to(dtype) if has_gamma else None
     for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
         tensor.uniform_(0.5, 2)
     folded = fusion_mambavision._folded(conv, norm, gamma)
+    assert folded.weight.is_contiguous(memory_format=layout)
     exact_conv, exact_norm = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
     exact_gamma = gamma.double() if has_gamma else torch.ones(16).double()
     factor = exact_gamma * exact_norm.weight / (exact_norm.running_var + norm.eps).sqrt()
