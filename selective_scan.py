@@ -393,7 +393,9 @@ def _scan_into(
 
 
 def _softplus_(steps: Tensor, A: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """Softplus in place; gives the function that computes exp(steps * A), of parts of them too.
+    """Softplus in place, of steps (..., channels); gives the function that computes exp(steps * A), where A is (states,
+    channels), of some or all of the steps as (..., 1, channels), and the tensor (..., states, channels) to write to, or
+    None.
 
     By MKL where it is fast, which it is not where an exponential overflows or underflows: there it takes up to sixty
     times as long. Elsewhere with exp2, which is vectorised in torch itself, where exp is MKL's.

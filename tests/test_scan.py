@@ -67,8 +67,7 @@ def relative_error(value, expected):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("by_mkl", [False, True])
+@pytest.mark.parametrize(("form", "by_mkl"), [("blocked", False), ("blocked", True), ("chunked", False)])
 def test_equals_the_float64_recurrence(monkeypatch, form, length, by_mkl):
     monkeypatch.setattr(scan_module, "_MKL_IS_FAST", by_mkl)
     inputs = random_inputs(2 if length < 4096 else 1, length, 20)
@@ -111,9 +110,10 @@ def test_half_precision_inputs_are_scanned_in_float32(form, dtype):
 
 # One block, several, and blocks shorter than a step's row needs; batches in one tile and in several.
 @pytest.mark.parametrize("block_elements, part", [(2**19, 2**20), (288, 60), (128, 2**20), (1, 2**20), (2**19, 1)])
-@pytest.mark.parametrize("kept", [0, 2**30])
-def test_gradients_by_finite_differences(monkeypatch, block_elements, part, kept):
+@pytest.mark.parametrize(("kept", "by_mkl"), [(0, False), (2**30, True)])
+def test_gradients_by_finite_differences(monkeypatch, block_elements, part, kept, by_mkl):
     monkeypatch.setattr(scan_module, "_KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(scan_module, "_MKL_IS_FAST", by_mkl)
     monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", block_elements)
     monkeypatch.setattr(scan_module, "_PART_ELEMENTS", part)
     inputs = [x.requires_grad_() for x in random_inputs(3, 8, 4)]
