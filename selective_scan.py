@@ -61,10 +61,15 @@ _LEAST_CHUNKS = 4
 _KEPT_ELEMENTS = 2**18
 # Elements of each of the three buffers that the backward pass works in: 1.5 MiB of float32
 _BLOCK_ELEMENTS = 3 * 2**17
+# Elements (steps, batch, channels) at a time there, in some blocks: 512 KiB of float32
+_BLOCKS_ELEMENTS = 2**17
+# From one saved state to the next. Of so few steps, a block has enough segments for torch to share them among threads;
+# and all states that are saved take as much memory as u.
+_SEGMENT_STEPS = 8
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
 _LEAST_STEPS = 16
 # On a GPU, where each operator costs a launch of some 10 us, in which a slow one moves 3 MB: worked out, not timed
-_GPU_SLICE_ELEMENTS, _GPU_PART_ELEMENTS, _GPU_BLOCK_ELEMENTS = 2**22, 2**24, 2**24
+_GPU_SLICE_ELEMENTS, _GPU_PART_ELEMENTS, _GPU_BLOCK_ELEMENTS, _GPU_BLOCKS_ELEMENTS = 2**22, 2**24, 2**24, 2**24
 
 
 def _touch_constants() -> None:
@@ -328,8 +333,8 @@ def _causal_conv1d(x: Tensor, weight: Tensor) -> Tensor:
 # known, for the outputs, which one small matrix product per step makes of the states. Of every operator a thread gets
 # the same chunks. Long sequences are taken in parts, so that memory beyond the output does not grow with the length.
 #
-# The backward pass keeps the states at the start of some of the chunks, walks the runs of steps between them from the
-# last to the first, and recomputes the rest.
+# The backward pass goes through blocks of steps from the last to the first, and computes their states once more. Some
+# were saved, each the start of a segment, and so all segments of a block are walked at once.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -355,12 +360,14 @@ def _in_full_precision(scan: Callable) -> Callable:
 def _forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, save_states: bool
 ) -> tuple[Tensor, Tensor]:
-    """Outputs y, and the states at the start of each run (runs, batch, states, channels), empty unless saved."""
+    """Outputs y, and the states that segments start with and the last (segments + 1, batch, states, channels), empty
+    unless saved.
+    """
     batch, length, channels = u.shape
     states = A.shape[1]
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
-    runs = _plan(u, states, is_training=True).runs(length) if save_states else 0
-    starts = u.new_empty(runs, batch, states, channels, dtype=_compute_dtype(u))
+    saved = _plan(u, states, is_training=True).saved(length) if save_states else 0
+    starts = u.new_empty(saved, batch, states, channels, dtype=_compute_dtype(u))
     _scan_into(y, starts, u, dt, A, B, C, D, dt_bias)
     return y, starts
 
@@ -383,13 +390,15 @@ def _scan_into(
             steps, chunks = delta.shape[:2]
             padding = steps * chunks - (part.stop - part.start)  # behind the last step of all, whose state nobody needs
             delta_x = torch.mul(delta, x, out=x.new_empty(x.shape))
-            saved, unsaved = unsaved.tensor_split([-(-chunks // plan.chunks_of_run)])
-            out, state = _scan_chunks(delta, delta_x, A, decays, B_, C_, state, saved, plan.chunks_of_run)
+            saved, unsaved = unsaved.tensor_split([chunks * (steps // plan.segment)])
+            out, state = _scan_chunks(delta, delta_x, A, decays, B_, C_, state, saved, plan.segment)
             if padding:
                 out.addcmul_(x, D)
                 y[tile, part] = out.permute(2, 1, 0, 3).flatten(1, 2)[:, :-padding]
             else:
                 torch.addcmul(out, x, D, out=_by_steps(y[tile, part], steps))
+        if len(unsaved):
+            unsaved[0] = state
 
 
 def _softplus_(steps: Tensor, A: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -419,13 +428,13 @@ def _scan_chunks(
     C: Tensor,
     state: Tensor | float,
     starts: Tensor,
-    every: int,
+    segment: int,
 ) -> tuple[Tensor, Tensor]:
     """What the states put out, (steps, chunks, batch, channels), of chunks that follow one another, and the last state.
 
     delta, delta_x (steps, chunks, batch, channels); A (states, channels); `decays` from `_softplus_`; B, C (steps,
     chunks, batch, states); `state` before them (batch, states, channels). Writes to `starts`, unless it is empty, the
-    states that every so many of the chunks start with.
+    states that segments of so many steps start with.
     """
     steps, chunks, batch, channels = delta.shape
     # `ends` are the state before, and those behind each chunk
@@ -449,11 +458,11 @@ def _scan_chunks(
         for k in range(chunks - 1):
             end[k + 1].addcmul_(lasting[k], end[k])
     h = ends[:-1]
-    if len(starts):
-        starts.copy_(h[::every])
     out = torch.empty_like(delta)
     rows, matrices, products = (x.flatten(-4, -3) for x in (C.contiguous().unsqueeze(-2), h, out.unsqueeze(-2)))
     for t, (row, product) in enumerate(zip(rows.unbind(0), products.unbind(0), strict=True)):
+        if len(starts) and t % segment == 0:
+            starts[t // segment :: steps // segment].copy_(h)
         advance(h, t)
         torch.bmm(row, matrices, out=product)
     return out, h[-1]
@@ -468,66 +477,146 @@ def _backward(
     dtype = _compute_dtype(u)
     A_, D_, bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
     plan = _plan(u, states, is_training=True)
-    rows, block = plan.rows, plan.steps * plan.chunks_of_run
+    segment = plan.segment
+    lanes, blocks = _divide_backward(plan, length, channels, states, u.device.type)
+    block = lanes * segment
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
-    grad_A, grad_D, grad_bias = torch.zeros_like(A_), torch.zeros_like(D_), torch.zeros_like(bias)
-    decay = u.new_empty(block, rows, states, channels, dtype=dtype)
-    h = u.new_empty(block + 1, rows, states, channels, dtype=dtype)
-    grad_h = torch.empty_like(decay)
-    for tile in _slices(batch, rows):
-        inputs = [x[tile].transpose(0, 1) for x in (u, dt, B, C, grad_y)]
-        grad_u, grad_dt, grad_B, grad_C = (x[tile].transpose(0, 1) for x in grads)
-        decay_, h_, grad_h_ = (_Buffer(buffer, tile) for buffer in (decay, h, grad_h))
-        carry = torch.zeros_like(h_.steps[0])  # gradient of the state that the next run starts with
-        for index, run in reversed(list(enumerate(_slices(length, block)))):
-            x, dt_, B_, C_, gy = (tensor[run].to(dtype) for tensor in inputs)
-            steps = len(x)
-            pre = dt_ + bias
-            delta = pre.clone()
-            decays = _softplus_(delta, A_)
-            delta_x = delta * x
-            a, before, after = decay_.whole[:steps], h_.whole[:steps], h_.whole[1 : steps + 1]
-            decays(delta.unsqueeze(-2), a)
-            h_.steps[0].copy_(starts[index, tile])
-            torch.mul(B_.unsqueeze(-1), delta_x.unsqueeze(-2), out=after)
-            for t in range(steps):
-                h_.steps[t + 1].addcmul_(decay_.steps[t], h_.steps[t])
-
-            # grad_h[t] = C[t] grad_y[t] + decay[t+1] grad_h[t+1]
-            g = torch.mul(C_.unsqueeze(-1), gy.unsqueeze(-2), out=grad_h_.whole[:steps])
-            grad_h_.steps[steps - 1].add_(carry)
-            for t in range(steps - 1, 0, -1):
-                grad_h_.steps[t - 1].addcmul_(decay_.steps[t], grad_h_.steps[t])
-            torch.mul(decay_.steps[0], grad_h_.steps[0], out=carry)
-
-            # rows times matrices: of matrices times columns torch copies each column first
-            grad_C[run] = torch.matmul(gy.unsqueeze(-2), after.mT).squeeze(-2)
-            grad_B[run] = torch.matmul(delta_x.unsqueeze(-2), g.mT).squeeze(-2)
-            grad_delta_x = torch.matmul(B_.unsqueeze(-2), g).squeeze(-2)
-            grad_u[run] = torch.addcmul(grad_delta_x * delta, gy, D_)
-            g.mul_(before).mul_(a)  # now the gradient of delta * A
-            grad_A += torch.mul(g, delta.unsqueeze(-2), out=a).sum((0, 1))
-            grad_pre = g.mul_(A_).sum(-2).addcmul_(grad_delta_x, x).mul_(torch.sigmoid(pre))
-            grad_dt[run] = grad_pre
-            grad_D += (gy * x).sum((0, 1))
-            grad_bias += grad_pre.sum((0, 1))
+    totals = [torch.zeros_like(x) for x in (A_, D_, bias)]
+    memory = A_.new_empty(plan.rows * (3 * block + 2), *A_.shape)
+    for tile in _slices(batch, plan.rows):
+        by_steps = [x[tile].transpose(0, 1) for x in (u, dt, B, C, grad_y, *grads)]
+        work = _Work(memory, tile.stop - tile.start, segment, lanes)
+        for part in reversed(_slices(length, blocks * block)):
+            saved = starts[part.start // segment :, tile]
+            added = _part_backward(*(x[part] for x in by_steps), A_, D_, bias, saved, work)
+            for total, of_part in zip(totals, added, strict=True):
+                total += of_part
     grad_u, grad_dt, grad_B, grad_C = grads
+    grad_A, grad_D, grad_bias = totals
     grad_A = grad_A.T.to(A.dtype).contiguous()
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D.to(D.dtype), grad_bias.to(dt_bias.dtype)
 
 
-class _Buffer:
-    """A tile's part of a buffer (steps, batch, states, channels), whole and as one view for each step.
+def _part_backward(
+    u: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    grad_y: Tensor,
+    grad_u: Tensor,
+    grad_dt: Tensor,
+    grad_B: Tensor,
+    grad_C: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    starts: Tensor,
+    work: "_Work",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes the gradients of u, dt, B and C of some blocks of steps, each (steps, batch, width), and gives what these
+    add to the gradients of A (states, channels), D and dt_bias. `starts` are the states that segments start with, from
+    the first of these on (segments, batch, states, channels).
+    """
+    u, dt, B, C, grad_y = (x.to(A.dtype) for x in (u, dt, B, C, grad_y))
+    delta = torch.add(dt, dt_bias, out=dt.new_empty(dt.shape))
+    decays = _softplus_(delta, A)
+    delta_x = torch.mul(delta, u, out=u.new_empty(u.shape))
+    # in the order of the states, to be replaced by gradients
+    B_, C_, g = (x.clone(memory_format=torch.contiguous_format) for x in (B, C, grad_y))
+    tokens = u.shape[1] * work.segment * work.lanes
+    blocks = zip(*(x.flatten(0, 1).split(tokens) for x in (delta, delta_x, B_, C_, g)), strict=True)
+    grad_A = torch.zeros_like(A)
+    for index, block in reversed(list(enumerate(blocks))):
+        grad_A += _block_backward(*block, starts[index * work.lanes :], A, decays, work)
+    grad_B.copy_(B_)
+    grad_C.copy_(C_)
+    g.addcmul_(delta_x, u)  # now the gradient of delta
+    torch.addcmul(delta_x.mul_(delta), grad_y, D, out=grad_u)
+    grad_dt.copy_(g.mul_(torch.add(dt, dt_bias, out=delta_x).sigmoid_()))
+    return grad_A, torch.mul(grad_y, u, out=delta_x).sum((0, 1)), g.sum((0, 1))
 
-    The views are made once for all runs, where they are used: making one takes half as long as that step's arithmetic.
+
+def _block_backward(
+    delta: Tensor,
+    delta_x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    grad_y: Tensor,
+    starts: Tensor,
+    A: Tensor,
+    decays: Callable[[Tensor, Tensor | None], Tensor],
+    work: "_Work",
+) -> Tensor:
+    """What one block adds to the gradient of A. Its tokens' tensors are (steps * batch, width).
+
+    The gradients of delta_x, B and C take their places, and that of delta by way of the decays the place of grad_y.
+    """
+    a, before, after, g, known, segments, steps = work.views(len(delta))
+    rates = delta.unsqueeze(-2)
+    decays(rates, a)
+    torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=after)
+    known[: len(starts)] = starts[: len(known)]
+    lasting, h = segments  # with what lies behind the last step, where that ends no segment: nobody reads it
+    for t in range(1, len(h)):
+        h[t].addcmul_(lasting[t - 1], h[t - 1])
+
+    # grad_h[t] = C[t] grad_y[t] + decay[t+1] grad_h[t+1]
+    torch.mul(C.unsqueeze(-1), grad_y.unsqueeze(-2), out=g)
+    lasting, grad_h = steps
+    grad_h[-1].add_(work.carry)
+    for t in range(len(grad_h) - 1, 0, -1):
+        grad_h[t - 1].addcmul_(lasting[t], grad_h[t])
+    torch.mul(lasting[0], grad_h[0], out=work.carry)
+
+    # rows times matrices: of matrices times columns torch copies each column first
+    grad_B = torch.bmm(delta_x.unsqueeze(-2), g.mT).squeeze(-2)
+    torch.bmm(B.unsqueeze(-2), g, out=delta_x.unsqueeze(-2))
+    B.copy_(grad_B)
+    torch.bmm(grad_y.unsqueeze(-2), after.mT, out=C.unsqueeze(-2))
+    g.mul_(before).mul_(a)  # now the gradient of delta * A
+    grad_A = _sum_of_tokens(torch.mul(g, rates, out=a))
+    torch.sum(g.mul_(A), -2, out=grad_y)
+    return grad_A
+
+
+def _sum_of_tokens(x: Tensor) -> Tensor:
+    """x.sum(0) in two halves, if there are: of one sum each thread takes some columns, which others have written."""
+    return x.unflatten(0, (2, -1)).sum(1).sum(0) if len(x) % 2 == 0 else x.sum(0)
+
+
+class _Work:
+    """The memory that the backward pass of a tile works in, block after block.
+
+    carry: the gradient of the state behind the block (batch, states, channels).
     """
 
-    def __init__(self, buffer: Tensor, tile: slice):
-        self.whole = buffer[:, : tile.stop - tile.start]
+    def __init__(self, memory: Tensor, batch: int, segment: int, lanes: int):
+        self.batch, self.segment, self.lanes = batch, segment, lanes
+        tokens = batch * segment * lanes
+        *self._buffers, self.carry = memory[: 3 * tokens + 2 * batch].split([tokens, tokens + batch, tokens, batch])
+        self.carry.zero_()
+        self._views = {}
 
-    @functools.cached_property
-    def steps(self) -> tuple[Tensor, ...]:
-        return self.whole.unbind(0)
+    def views(self, tokens: int) -> tuple:
+        """For a block of so many tokens; made once, for making one takes half as long as a step's arithmetic:
+
+        decay, h before each step, h behind it, grad_h: (tokens, states, channels).
+        h before each segment and behind the last (segments + 1, batch, states, channels).
+        decay and h: of each segment's first step (segments, batch, states, channels), of its second, and so on.
+        decay and grad_h: of each step (batch, states, channels).
+        """
+        if tokens not in self._views:
+            batch, segment = self.batch, self.segment
+            count = -(-tokens // (batch * segment))
+            decay, h, grad_h = self._buffers
+            known = h.unflatten(0, (-1, batch))[::segment][: count + 1]
+            decay_, h_ = (
+                x[: batch * segment * count].unflatten(0, (count, segment, batch)).unbind(1) for x in (decay, h)
+            )
+            decay, before, after, grad_h = decay[:tokens], h[:tokens], h[batch : batch + tokens], grad_h[:tokens]
+            steps = decay.split(batch), grad_h.split(batch)
+            self._views[tokens] = decay, before, after, grad_h, known, (decay_, h_), steps
+        return self._views[tokens]
 
 
 def _by_steps(tensor: Tensor, steps: int) -> Tensor:
@@ -548,10 +637,11 @@ class _Plan(NamedTuple):
     rows: int  # sequences at a time
     steps: int  # of a chunk
     chunks: int  # at a time
-    chunks_of_run: int  # between the states that the backward pass starts from
+    segment: int  # steps of a chunk from one saved state to the next
 
-    def runs(self, length: int) -> int:
-        return -(-length // (self.steps * self.chunks_of_run))
+    def saved(self, length: int) -> int:
+        """How many states are: those that segments start with, and the last."""
+        return -(-length // self.steps) * (self.steps // self.segment) + 1
 
 
 def _plan(u: Tensor, states: int, is_training: bool) -> _Plan:
@@ -575,11 +665,23 @@ def _divide(
     length = evenly(length, part // (rows * channels))
     chunks = min(most // row, 2 * math.isqrt(length))
     steps = _near_divisor(length, -(-length // chunks) if chunks >= _LEAST_CHUNKS else length)
+    segment = _near_divisor(steps, min(steps, _SEGMENT_STEPS))
     if is_training:
-        steps = min(steps, max(1, block // row))
-    chunks_of_run = max(1, block // (row * steps))
-    chunks = -(-length // steps)
-    return _Plan(rows, steps, -(-chunks // chunks_of_run) * chunks_of_run if is_training else chunks, chunks_of_run)
+        steps = segment * -(-steps // segment)
+    return _Plan(rows, steps, -(-length // steps), segment)
+
+
+@functools.lru_cache
+def _divide_backward(plan: _Plan, length: int, channels: int, states: int, device_type: str) -> tuple[int, int]:
+    """How many segments make a block of the backward pass, and how many blocks are taken at a time."""
+    is_on_cpu = device_type == "cpu"
+    block = _BLOCK_ELEMENTS if is_on_cpu else _GPU_BLOCK_ELEMENTS
+    blocks = _BLOCKS_ELEMENTS if is_on_cpu else _GPU_BLOCKS_ELEMENTS
+    tokens = plan.rows * plan.segment
+    segments = -(-length // plan.segment)
+    most = max(1, min(segments, block // max(1, tokens * channels * states)))
+    lanes = min(most, _near_divisor(segments, most))
+    return lanes, evenly(-(-segments // lanes), blocks // (lanes * tokens * channels))
 
 
 def _near_divisor(length: int, steps: int) -> int:
@@ -590,8 +692,8 @@ def _near_divisor(length: int, steps: int) -> int:
 
 def _fake_forward(u, dt, A, B, C, D, dt_bias, save_states):
     batch, _, channels = u.shape
-    runs = _plan(u, A.shape[1], is_training=True).runs(u.shape[1]) if save_states else 0
-    starts = u.new_empty(runs, batch, A.shape[1], channels, dtype=_compute_dtype(u))
+    saved = _plan(u, A.shape[1], is_training=True).saved(u.shape[1]) if save_states else 0
+    starts = u.new_empty(saved, batch, A.shape[1], channels, dtype=_compute_dtype(u))
     return torch.empty_like(u, memory_format=torch.contiguous_format), starts
 
 

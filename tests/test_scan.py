@@ -30,9 +30,12 @@ FORMS = {"blocked": selective_scan, "chunked": scan_module._scan_chunked}
 @pytest.fixture(autouse=True)
 def plans_of_this_test():
     """Which may be told other sizes."""
-    scan_module._divide.cache_clear()
+    plans = scan_module._divide, scan_module._divide_backward
+    for plan in plans:
+        plan.cache_clear()
     yield
-    scan_module._divide.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
 
 
 def random_inputs(batch, length, channels, states=8, dtype=torch.float64, seed=0):
@@ -108,6 +111,24 @@ def test_half_precision_inputs_are_scanned_in_float32(form, dtype):
     torch.testing.assert_close(value.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision_are_rounded_once(dtype):
+    """Each in its tensor's dtype, of tensors of more than one."""
+    inputs = [
+        x.to(dtype if name in ("u", "C") else torch.float32)
+        for name, x in zip(NAMES, random_inputs(2, 53, 20), strict=True)
+    ]
+    inputs = [x.requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    weight = torch.randn(2, 53, 20).to(dtype)
+    gradients = torch.autograd.grad(selective_scan(*inputs), inputs, weight)
+    expected = torch.autograd.grad(sequential_float64(*exact), exact, weight.double())
+    for x, gradient, reference in zip(inputs, gradients, expected, strict=True):
+        assert gradient.dtype == x.dtype
+        rounding = torch.finfo(dtype).eps if x.dtype == dtype else 0
+        torch.testing.assert_close(gradient.double(), reference, rtol=rounding, atol=1e-5 * reference.std().item())
+
+
 # One block, several, and blocks shorter than a step's row needs; batches in one tile and in several.
 @pytest.mark.parametrize("block_elements, part", [(2**19, 2**20), (288, 60), (128, 2**20), (1, 2**20), (2**19, 1)])
 @pytest.mark.parametrize(("kept", "by_mkl"), [(0, False), (2**30, True)])
@@ -119,6 +140,26 @@ def test_gradients_by_finite_differences(monkeypatch, block_elements, part, kept
     inputs = [x.requires_grad_() for x in random_inputs(3, 8, 4)]
     for form in FORMS.values():
         assert torch.autograd.gradcheck(form, inputs)
+
+
+@pytest.mark.parametrize("length", [1, 7, 23, 48])
+@pytest.mark.parametrize("segment", [1, 3, 8])
+@pytest.mark.parametrize(("block", "blocks"), [(1, 1), (12 * 3 * 20 * 8, 1), (12 * 3 * 20 * 8, 2**30), (2**30, 2**30)])
+@pytest.mark.parametrize("elements", [1, 24 * 8 * 20, 2**30])
+def test_the_division_of_the_backward_pass_does_not_matter(monkeypatch, elements, block, blocks, segment, length):
+    """Into tiles of one sequence, two or three, parts, blocks and segments, of which the last may fall short."""
+    monkeypatch.setattr(scan_module, "_LEAST_STEPS", 1 if block > 1 else 2**20)
+    monkeypatch.setattr(scan_module, "_SLICE_ELEMENTS", elements)
+    monkeypatch.setattr(scan_module, "_SEGMENT_STEPS", segment)
+    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(scan_module, "_BLOCKS_ELEMENTS", blocks)
+    inputs = [x.requires_grad_() for x in random_inputs(5, length, 20)]
+    weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = torch.autograd.grad((sequential_float64(*inputs) * weight).sum(), inputs)
+    for name, gradient, reference in zip(
+        NAMES, torch.autograd.grad((selective_scan(*inputs) * weight).sum(), inputs), expected, strict=True
+    ):
+        assert relative_error(gradient, reference) < 10 * TOLERANCE[torch.float64], name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -193,8 +234,8 @@ def test_empty_batch_and_empty_sequence():
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_operator_is_registered_correctly(monkeypatch, needs_grad):
     """Schema, fake tensors and autograd registration agree with what the operator does, as torch checks them."""
-    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 5 * 4 * 8)  # two runs of steps
-    assert scan_module._plan(torch.empty(2, 9, 4), 8, is_training=True).runs(9) == 2
+    monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", 5 * 4 * 8)  # several segments
+    assert scan_module._plan(torch.empty(2, 9, 4), 8, is_training=True).saved(9) > 3
     inputs = [x.requires_grad_(needs_grad) for x in random_inputs(2, 9, 4, dtype=torch.float32)]
     tests = ["test_schema", "test_faketensor", "test_autograd_registration"]
     if needs_grad:
@@ -224,6 +265,31 @@ def test_chunks_are_of_a_size_that_the_caches_hold(monkeypatch, threads, batch, 
     assert (plan.steps, plan.chunks) == (steps, chunks)
     assert plan.rows * chunks * channels * 8 < 2 * threads * scan_module._SLICE_ELEMENTS
     assert plan.rows * chunks * steps * channels < 1.1 * scan_module._PART_ELEMENTS
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "channels", "segment", "lanes"),
+    [
+        (1, 49, 320, 7, 7),
+        (8, 49, 320, 7, 1),
+        (1, 196, 160, 7, 28),
+        (8, 196, 160, 7, 4),
+        (32, 196, 160, 7, 2),
+        (8, 1024, 160, 8, 4),
+        (1, 12544, 160, 8, 32),
+        (3, 211, 160, 8, 9),
+    ],
+)
+def test_blocks_are_of_a_size_that_the_caches_hold(batch, length, channels, segment, lanes):
+    """And so many segments, that torch shares them among threads: from 2**15 elements on."""
+    plan = scan_module._plan(torch.empty(batch, length, channels), 8, is_training=True)
+    found, blocks = scan_module._divide_backward(plan, length, channels, 8, "cpu")
+    assert (plan.segment, found) == (segment, lanes)
+    assert plan.steps % segment == 0
+    step = plan.rows * channels * 8
+    assert lanes * segment * step <= scan_module._BLOCK_ELEMENTS
+    assert blocks * lanes * segment * plan.rows * channels <= scan_module._BLOCKS_ELEMENTS
+    assert batch == 1 or lanes == 1 or lanes * step > 2**15
 
 
 @pytest.mark.parametrize("threads", [1, 64])
@@ -258,7 +324,7 @@ def test_sizes_of_other_devices(monkeypatch, batch, times):
     inputs = random_inputs(batch, 196, 160, dtype=torch.float32)
     expected, counts = selective_scan_reference(*inputs), []
     for kind in ("", "_GPU"):
-        for name in ("_BLOCK_ELEMENTS", "_SLICE_ELEMENTS", "_PART_ELEMENTS"):
+        for name in ("_BLOCK_ELEMENTS", "_BLOCKS_ELEMENTS", "_SLICE_ELEMENTS", "_PART_ELEMENTS"):
             monkeypatch.setattr(scan_module, name, getattr(scan_module, kind + name))
         scan_module._divide.cache_clear()
         with Count() as counted:
