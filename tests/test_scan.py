@@ -278,6 +278,7 @@ def test_chunks_are_of_a_size_that_the_caches_hold(monkeypatch, threads, batch, 
         (8, 1024, 160, 8, 4),
         (1, 12544, 160, 8, 32),
         (3, 211, 160, 8, 9),
+        (1, 154, 320, 7, 21),  # where 22 were all segments
     ],
 )
 def test_blocks_are_of_a_size_that_the_caches_hold(batch, length, channels, segment, lanes):
