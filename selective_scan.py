@@ -61,8 +61,8 @@ _LEAST_CHUNKS = 4
 _KEPT_ELEMENTS = 2**18
 # Elements of each of the three buffers that the backward pass works in: 1.5 MiB of float32
 _BLOCK_ELEMENTS = 3 * 2**17
-# Elements (steps, batch, channels) at a time there, in some blocks: 512 KiB of float32
-_BLOCKS_ELEMENTS = 2**17
+# Elements (steps, batch, channels) at a time there, in some blocks: 1 MiB of float32
+_BLOCKS_ELEMENTS = 2**18
 # From one saved state to the next. Of so few steps, a block has enough segments for torch to share them among threads;
 # and all states that are saved take as much memory as u.
 _SEGMENT_STEPS = 8
@@ -477,63 +477,64 @@ def _backward(
     dtype = _compute_dtype(u)
     A_, D_, bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
     plan = _plan(u, states, is_training=True)
-    segment = plan.segment
     lanes, blocks = _divide_backward(plan, length, channels, states, u.device.type)
-    block = lanes * segment
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
-    totals = [torch.zeros_like(x) for x in (A_, D_, bias)]
-    memory = A_.new_empty(plan.rows * (3 * block + 2), *A_.shape)
+    grads, totals = [], [torch.zeros_like(x) for x in (A_, D_, bias)]
+
+    def outputs():
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, B, C)]
+
     for tile in _slices(batch, plan.rows):
-        by_steps = [x[tile].transpose(0, 1) for x in (u, dt, B, C, grad_y, *grads)]
-        work = _Work(memory, tile.stop - tile.start, segment, lanes)
-        for part in reversed(_slices(length, blocks * block)):
-            saved = starts[part.start // segment :, tile]
-            added = _part_backward(*(x[part] for x in by_steps), A_, D_, bias, saved, work)
+        inputs = [x[tile].transpose(0, 1) for x in (u, dt, B, C, grad_y)]
+        work = _Work(A_, tile.stop - tile.start, plan.segment, lanes)
+        for part in reversed(_slices(length, plan.segment * lanes * blocks)):
+            x, dt_, B_, C_, gy = (tensor[part].to(dtype) for tensor in inputs)
+            saved = starts[part.start // plan.segment :, tile]
+            delta, grad_delta_x, B_, C_, grad_delta, added_A = _walk_back(x, dt_, B_, C_, gy, A_, bias, saved, work)
+            if part.start == 0:
+                work = None  # whose memory the gradients may take
+            grads = grads or outputs()
+            grad_u, grad_dt, grad_B, grad_C = (grad[tile].transpose(0, 1)[part] for grad in grads)
+            grad_B.copy_(B_)
+            grad_C.copy_(C_)
+            grad_delta.addcmul_(grad_delta_x, x)
+            torch.addcmul(grad_delta_x.mul_(delta), gy, D_, out=grad_u)
+            grad_dt.copy_(grad_delta.mul_(torch.add(dt_, bias, out=delta).sigmoid_()))
+            added = added_A, torch.mul(gy, x, out=delta).sum((0, 1)), grad_delta.sum((0, 1))
             for total, of_part in zip(totals, added, strict=True):
                 total += of_part
-    grad_u, grad_dt, grad_B, grad_C = grads
+            del delta, grad_delta_x, grad_delta  # before the next ones are made
+    grad_u, grad_dt, grad_B, grad_C = grads or outputs()
     grad_A, grad_D, grad_bias = totals
     grad_A = grad_A.T.to(A.dtype).contiguous()
     return grad_u, grad_dt, grad_A, grad_B, grad_C, grad_D.to(D.dtype), grad_bias.to(dt_bias.dtype)
 
 
-def _part_backward(
+def _walk_back(
     u: Tensor,
     dt: Tensor,
     B: Tensor,
     C: Tensor,
     grad_y: Tensor,
-    grad_u: Tensor,
-    grad_dt: Tensor,
-    grad_B: Tensor,
-    grad_C: Tensor,
     A: Tensor,
-    D: Tensor,
     dt_bias: Tensor,
     starts: Tensor,
     work: "_Work",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes the gradients of u, dt, B and C of some blocks of steps, each (steps, batch, width), and gives what these
-    add to the gradients of A (states, channels), D and dt_bias. `starts` are the states that segments start with, from
-    the first of these on (segments, batch, states, channels).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """delta of some blocks of steps, and the gradients of delta * u, B, C, delta by way of the decays, and A.
+
+    All but the last, and u, dt, B, C and grad_y are (steps, batch, width); A is (states, channels). `starts` are the
+    states that segments start with, from the first of these on (segments, batch, states, channels).
     """
-    u, dt, B, C, grad_y = (x.to(A.dtype) for x in (u, dt, B, C, grad_y))
-    delta = torch.add(dt, dt_bias, out=dt.new_empty(dt.shape))
-    decays = _softplus_(delta, A)
-    delta_x = torch.mul(delta, u, out=u.new_empty(u.shape))
     # in the order of the states, to be replaced by gradients
-    B_, C_, g = (x.clone(memory_format=torch.contiguous_format) for x in (B, C, grad_y))
+    delta, delta_x, B, C, g = (x.clone(memory_format=torch.contiguous_format) for x in (dt, u, B, C, grad_y))
+    decays = _softplus_(delta.add_(dt_bias), A)
+    delta_x.mul_(delta)
     tokens = u.shape[1] * work.segment * work.lanes
-    blocks = zip(*(x.flatten(0, 1).split(tokens) for x in (delta, delta_x, B_, C_, g)), strict=True)
+    blocks = zip(*(x.flatten(0, 1).split(tokens) for x in (delta, delta_x, B, C, g)), strict=True)
     grad_A = torch.zeros_like(A)
     for index, block in reversed(list(enumerate(blocks))):
         grad_A += _block_backward(*block, starts[index * work.lanes :], A, decays, work)
-    grad_B.copy_(B_)
-    grad_C.copy_(C_)
-    g.addcmul_(delta_x, u)  # now the gradient of delta
-    torch.addcmul(delta_x.mul_(delta), grad_y, D, out=grad_u)
-    grad_dt.copy_(g.mul_(torch.add(dt, dt_bias, out=delta_x).sigmoid_()))
-    return grad_A, torch.mul(grad_y, u, out=delta_x).sum((0, 1)), g.sum((0, 1))
+    return delta, delta_x, B, C, g, grad_A
 
 
 def _block_backward(
@@ -590,10 +591,11 @@ class _Work:
     carry: the gradient of the state behind the block (batch, states, channels).
     """
 
-    def __init__(self, memory: Tensor, batch: int, segment: int, lanes: int):
+    def __init__(self, A: Tensor, batch: int, segment: int, lanes: int):
         self.batch, self.segment, self.lanes = batch, segment, lanes
         tokens = batch * segment * lanes
-        *self._buffers, self.carry = memory[: 3 * tokens + 2 * batch].split([tokens, tokens + batch, tokens, batch])
+        memory = A.new_empty(3 * tokens + 2 * batch, *A.shape)
+        *self._buffers, self.carry = memory.split([tokens, tokens + batch, tokens, batch])
         self.carry.zero_()
         self._views = {}
 
