@@ -61,7 +61,7 @@ _LEAST_CHUNKS = 4
 _KEPT_ELEMENTS = 2**18
 # Elements of each of the three buffers that the backward pass works in: 1.5 MiB of float32
 _BLOCK_ELEMENTS = 3 * 2**17
-# Elements (steps, batch, channels) at a time there, in some blocks: 1 MiB of float32
+# Elements (steps, batch, channels) at a time there, in some blocks: 1 MiB of float32 for each tensor
 _BLOCKS_ELEMENTS = 2**18
 # From one saved state to the next. Of so few steps, a block has enough segments for torch to share them among threads;
 # and all states that are saved take as much memory as u.
@@ -548,7 +548,8 @@ def _block_backward(
     decays: Callable[[Tensor, Tensor | None], Tensor],
     work: "_Work",
 ) -> Tensor:
-    """What one block adds to the gradient of A. Its tokens' tensors are (steps * batch, width).
+    """What one block adds to the gradient of A (states, channels). Its tokens' tensors are (steps * batch, width),
+    `starts` as `_walk_back` is given them but from the block's first segment on, and `decays` from `_softplus_`.
 
     The gradients of delta_x, B and C take their places, and that of delta by way of the decays the place of grad_y.
     """
@@ -586,7 +587,8 @@ def _sum_of_tokens(x: Tensor) -> Tensor:
 
 
 class _Work:
-    """The memory that the backward pass of a tile works in, block after block.
+    """The memory that the backward pass of a tile works in, block after block: for decays, states and their gradients,
+    of which `views` gives parts.
 
     carry: the gradient of the state behind the block (batch, states, channels).
     """
