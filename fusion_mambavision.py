@@ -31,7 +31,7 @@ except ImportError:  # no Triton
 @torch.inference_mode(False)  # whose tensors do not count their changes, by which packed weights are known to be old
 @torch.no_grad()
 def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Module:
-    """A copy of a MambaVision model that computes the same in less time; see its `fuse`.
+    """A copy of a MambaVision model that computes the same, on a CPU in less time; see its `fuse`.
 
     Args:
         known: the classes of the modules that are changed inside. Others, whatever their layers are called, may compute

@@ -580,10 +580,11 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
     def fuse(self):
         """A copy for inference, with the norms folded into the convolutions, and activations into their layers.
 
-        The copy computes the same up to rounding, in less time; it can neither be trained nor saved. On a CPU it keeps
-        its weights a second time, in the order and precision of the fastest kernels, from the first call on; those of
-        the first two stages in float32 take four times their size. It follows `load_state_dict` and in-place changes of
-        the weights, but not those through `.data` or, in shared memory, of other processes.
+        The copy computes the same up to rounding, on a CPU in less time; it can neither be trained nor saved. On a CPU
+        it keeps its weights a second time, in the order and precision of the fastest kernels, from the first call on;
+        those for Winograd's algorithm, of wide 3x3 convolutions in float32, take four times their size. It follows
+        `load_state_dict` and in-place changes of the weights, but not those through `.data` or, in shared memory, of
+        other processes.
 
         Raises:
             ValueError: the model is in training mode, in which BatchNorm depends on the batch.

@@ -34,7 +34,7 @@ MODES = ["forward", "training"]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIMS = {"T": 80, "S": 96, "B": 128, "L": 196, "L3": 256}  # channels of the first stage
 STATES = 8
-BLOCK_ELEMENTS = 2**19  # of a block in selective_scan.py; in training its blocks are smaller
+BLOCK_ELEMENTS = 2**19  # of a block of `blocked_autograd`
 
 
 def main(arguments=None):

@@ -81,7 +81,7 @@ def load(path: Path) -> dict:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a results file of the benchmarks") from error
     if not groups:
-        raise ValueError(f"{path} holds no results but of quick runs, which measure nothing")
+        raise ValueError(f"{path} holds no results but of quick runs, which measure nothing: delete it, or name the files to take")
     return {"machine": machine, "groups": list(groups.values())}
 
 
@@ -146,7 +146,10 @@ def provenance(machine: dict) -> str:
 
 
 def inference_table(machine: dict) -> str:
-    """Images per second, percent of the matrix peak, and the speed over the published package's."""
+    """Images per second, percent of the matrix peak, and the speed over the published package's: on a CPU that of its
+    float32, but under autocast.
+    """
+    is_on_gpu = "gpu" in machine["machine"]
     cells = {}
     for group in select(machine, "throughput", "inference"):
         for label, entry in group["contenders"].items():
@@ -154,10 +157,12 @@ def inference_table(machine: dict) -> str:
             text = "did not run"
             if "ms" in entry:
                 text = f"{number(entry['images_per_s']['median'])} ({entry['percent_of_peak']['median']:.0f} %)"
-                text += speedup(group, label, "published fp32") or speedup(group, label, f"published {precision}")
+                baseline = precision if is_on_gpu or precision.startswith("autocast") else "fp32"
+                text += speedup(group, label, f"published {baseline}")
             row = f"{name}, {group['variant']}" if name.startswith(("ours", "published")) else name
             cells[row, f"{precision}, batch {group['batch']}"] = text
-    return grid("images/s (% of matrix peak), × published fp32, or in the same precision", cells)
+    baseline = "in the same precision" if is_on_gpu else "fp32 (under autocast: published under autocast)"
+    return grid(f"images/s (% of matrix peak), × published {baseline}", cells)
 
 
 def training_table(machine: dict) -> str:

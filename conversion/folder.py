@@ -190,7 +190,8 @@ def _usage(plan: Plan, title: str) -> str:
         "channels": channels,
         "model_class": plan.task.auto_map[plan.task.auto_class],
     }
-    return _fill(f"usage-{plan.task.name if channels == 3 else 'other-channels'}.md", values)
+    where = "" if "/" in title else "In the folder that holds this one:\n\n"
+    return where + _fill(f"usage-{plan.task.name if channels == 3 else 'other-channels'}.md", values)
 
 
 def _fill(template: str, values: dict) -> str:

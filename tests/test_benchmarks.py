@@ -564,6 +564,24 @@ def test_the_readme_shows_the_machines_that_were_measured_last(example, make_tab
     assert sorted(machines) == ["Example, 2 cores", "New", "Old, 2 cores", "Some GPU"]
 
 
+@pytest.mark.parametrize(
+    ("machine", "precision", "factor"),
+    [({}, "bf16", "×4.00"), ({}, "autocast-bf16", "×2.00"), ({"gpu": "Some GPU"}, "bf16", "×2.00")],
+)
+def test_what_the_factors_are_against(example, make_table, machine, precision, factor):
+    content = example_results()
+    (group,) = content["runs"][1]["groups"][:1]
+    label, same = f"ours {precision}", f"published {precision}"
+    group["contenders"][label] = group["contenders"]["ours fp32"]
+    for against, speedup in (("published fp32", 4.0), (same, 2.0)):
+        group["speedups"].append({"contender": label, "against": against, "speedup": spread(speedup)})
+    content["machine"] |= machine
+    next(example.glob("*.json")).write_text(json.dumps(content))
+    assert not make_table()
+    text = (example / "README.md").read_text()
+    assert cell(text, "ours, T-1K", f"{precision}, batch 8").endswith(factor)
+
+
 def test_the_plot_shows_each_model_at_its_fastest(example, make_table):
     assert not make_table()
     first = (example / "plot.svg").read_text()

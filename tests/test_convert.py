@@ -617,6 +617,7 @@ def test_the_folder_is_complete_and_its_card_runs(checkpoint, tmp_path):
         assert text in (out / "LICENSE").read_text()
 
     Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "photo.jpg")
+    assert "## Use\n\nIn the folder that holds this one:\n\n```python" in card.text
     snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     done = run_python(f"import os; os.chdir({str(tmp_path)!r})\n{snippet}")
     assert done.stdout.strip() in {f"LABEL_{i}" for i in range(5)}
@@ -1637,7 +1638,8 @@ def test_from_the_hub_and_back(hub, tmp_path):
     )
     assert hub.uploaded == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert not hub.deleted
-    assert '"me/converted"' in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '"me/converted"' in card and "In the folder that holds this one" not in card
     assert "hf_secret" not in (tmp_path / "out" / "conversion.json").read_text() + done.stdout + done.stderr
     assert not list((tmp_path / "home").rglob("huge_unused.bin"))
 
