@@ -17,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import has_modes, is_traced, misreads_layouts
-from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, cpuinfo, is_transformed
+from .operators import has_modes, is_traced, is_transformed, misreads_layouts
+from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, cpuinfo
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
 
@@ -28,7 +28,7 @@ except ImportError:  # no Triton
     finish = None
 
 
-@torch.inference_mode(False)  # whose tensors do not count their changes, by which packed weights are known to be old
+@torch.inference_mode(False)  # whose tensors do not count their changes, by which `_pack` knows old weights
 @torch.no_grad()
 def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Module:
     """A copy of a MambaVision model that computes the same, on a CPU in less time; see its `fuse`.
@@ -44,13 +44,14 @@ def fused_copy(model: nn.Module, known: tuple[type[nn.Module], ...]) -> nn.Modul
         raise ValueError("fuse() is for inference, and this model is in training mode: call model.eval() first")
 
     def is_known(module: nn.Module | None) -> bool:
-        return type(module) in known and "forward" not in module.__dict__
+        kind = type(module)
+        return kind in known and "forward" not in module.__dict__ and _computes_its_own(kind)
 
     fused = copy.deepcopy(model).requires_grad_(False)
     fused.is_fused = True
     net = fused.model
     stem, norm, pool = getattr(net.patch_embed, "conv_down", None), net.norm, net.avgpool
-    for i in (0, 3) if is_known(net.patch_embed) and isinstance(stem, nn.Sequential) and len(stem) == 6 else ():
+    for i in (0, 3) if is_known(net.patch_embed) and type(stem) is nn.Sequential and len(stem) == 6 else ():
         if _can_fold(stem[i], stem[i + 1]) and type(stem[i + 2]) is nn.ReLU:
             stem[i] = FusedConv2d(_folded(stem[i], stem[i + 1]), stem[i + 2])
             stem[i + 1], stem[i + 2] = nn.Identity(), nn.Identity()
@@ -86,20 +87,20 @@ def _fuse_branch(block: nn.Module, name: str, last: str, gamma_name: str) -> Non
     branch, gamma = getattr(block, name), getattr(block, gamma_name)
     end = getattr(branch, "proj_drop", None)
     is_last = is_untouched(branch) and (end is None or (type(end) is nn.Identity and is_untouched(end)))
-    if gamma is not None and is_last and _may_change(getattr(branch, last), nn.Linear):
+    if gamma is not None and is_last and _is_own_linear(getattr(branch, last)):
         branch = copy.deepcopy(branch)  # another block may use it too
         setattr(block, name, branch)
         _scale(getattr(branch, last), gamma)
         setattr(block, gamma_name, None)
-    if name == "mlp" and _may_change(branch.fc1, nn.Linear) and _is_gelu(branch.act):
+    if name == "mlp" and _is_own_linear(branch.fc1) and _is_gelu(branch.act):
         branch.fc1, branch.act = FusedLinear(branch.fc1, branch.act), nn.Identity()
     for layer in ("in_proj", "qkv", last):
-        if _may_change(getattr(branch, layer, None), nn.Linear):
+        if _is_own_linear(getattr(branch, layer, None)):
             setattr(branch, layer, FusedLinear(getattr(branch, layer)))
 
 
-def _may_change(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
-    return _is_exactly(layer, kind) and is_untouched(layer)
+def _is_own_linear(layer: nn.Module | None) -> bool:
+    return _is_exactly(layer, nn.Linear) and is_untouched(layer)
 
 
 def _is_exactly(layer: nn.Module | None, kind: type[nn.Module]) -> bool:
@@ -195,7 +196,7 @@ def is_plain(x: Tensor, *modules: nn.Module | None) -> bool:
 def _are_plain(
     modules: Iterable[nn.Module | None], dtype: torch.dtype, is_recorded: bool, kinds: set[type[nn.Module]]
 ) -> bool:
-    """The same of modules on their own, but for the code of their classes, which are added to `kinds`."""
+    """What of that depends on the modules and all inside them, but for the code of their classes, added to `kinds`."""
     for module in modules:
         if module is None:
             continue
@@ -249,7 +250,8 @@ def _has_hooks_of_all() -> bool:
 def _computes_its_own(kind: type[nn.Module]) -> bool:
     """Whether nobody put other code into a class of layers, or into what a convolution's forward calls."""
     convolve = getattr(kind, "_conv_forward", None)
-    return _is_its_own(kind.forward, kind) and (convolve is None or _is_its_own(convolve, kind))
+    is_called_as_usual = kind.__call__ is nn.Module._wrapped_call_impl
+    return is_called_as_usual and _is_its_own(kind.forward, kind) and (convolve is None or _is_its_own(convolve, kind))
 
 
 @functools.lru_cache
@@ -266,7 +268,7 @@ class _Fused(nn.Module):
     """A layer, and an activation behind it or none, in one pass over memory where oneDNN runs.
 
     There it also keeps the weights a second time, in the order in which oneDNN reads them or transformed for Winograd's
-    algorithm, from the first call on: this takes up to half of a layer's time for one image.
+    algorithm, from the first call on: to bring them there takes up to half of a layer's time for one image.
     """
 
     def __init__(self, layer: nn.Module, activation: nn.Module | None = None):
@@ -278,14 +280,13 @@ class _Fused(nn.Module):
         layer, activation = self._modules["layer"], self._modules.get("activation")
         if is_plain(x, layer, activation):
             return self.compute(x)
-        x = layer(x)
-        return x if activation is None else activation(x)
+        return in_turn(x, layer, activation)
 
     def compute(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same where `is_plain`, or in place of an activation the sum with `residual`."""
         layer, activation = self._modules["layer"], self._modules.get("activation")
         if not self._fits(layer):
-            return in_turn(x, layer, activation, residual)
+            return in_turn(x, layer, activation, residual=residual)
         y, bias, added = _to(_precision(x, layer, is_prepared=True), x, _parameters(layer)[1], residual)
         return self._compute(y, layer, bias, activation, added).to(x.dtype)
 
@@ -363,9 +364,8 @@ class FusedLinear(_Fused):
         return _linear(x, self._pack(pack, x.dtype), bias, activation, residual, is_faster)
 
 
-def in_turn(x: Tensor, *layers_and_residual) -> Tensor:
+def in_turn(x: Tensor, *layers: nn.Module | None, residual: Tensor | None = None) -> Tensor:
     """What layers make of x one after the other, and its sum with a residual; None for what there is not."""
-    *layers, residual = layers_and_residual
     for layer in layers:
         x = x if layer is None else layer(x)
     return x if residual is None else residual + x
@@ -381,16 +381,16 @@ def convolution(
     """activation(norm(conv(x))) of a map (B, C, H, W), with the norm folded into the convolution where that is faster;
     or, in place of an activation, the sum with `residual`.
 
-    Only where nothing but the time tells the two apart.
+    Modules are called wherever more than rounding would tell the two apart: gradients, hooks, tracing, other code.
     """
     is_folded = type(conv) is FusedConv2d and (norm is None or type(norm) is nn.Identity)
     if is_folded and is_plain(x, conv, norm, activation):
         x = conv.compute(x, residual)
         return x if activation is None or type(activation) is nn.Identity else activation(x)
     if norm is not None and _may_finish(x, conv, norm):
-        return in_turn(_convolve_and_finish(x, conv, norm, activation), residual)
+        return in_turn(_convolve_and_finish(x, conv, norm, activation), residual=residual)
     if not _is_worth_folding(x, conv, norm):
-        return in_turn(x, conv, norm, activation, residual)
+        return in_turn(x, conv, norm, activation, residual=residual)
     dtype = _precision(x, conv)
     y = x.to(dtype)
     is_winograd = winograd_pays(y, conv, is_prepared=False)
@@ -401,7 +401,7 @@ def convolution(
         weight, bias = _to(dtype, conv.weight, conv.bias)
     if is_winograd:
         y = _then(winograd_convolution(y, winograd_filters(weight), bias), activation, residual)
-    elif norm is None and activation is None and _has_few_pixels(y, conv):
+    elif norm is None and activation is None and _patches_pay(y, conv):
         y = _multiply_patches(y, conv, weight, bias)
     else:
         y = _convolve(y, conv, weight.contiguous(memory_format=torch.channels_last), bias, activation, residual)
@@ -462,7 +462,7 @@ def _is_worth_folding(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> boo
     if _precision(x, conv) != x.dtype:
         return True
     if norm is None:
-        return _has_few_pixels(x, conv)
+        return _patches_pay(x, conv)
     return x.numel() >= _LEAST_MAP
 
 
@@ -472,7 +472,7 @@ def _is_worth_folding(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> boo
 _LEAST_WEIGHTS, _LEAST_WEIGHTS_OF_AMX, _LEAST_WEIGHTS_AS_THEY_LIE = 10, 3, 7
 
 
-def _has_few_pixels(x: Tensor, conv: nn.Conv2d) -> bool:
+def _patches_pay(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether `_multiply_patches` is the faster form."""
     if x.dtype in HALVES and _is_slow(x.dtype):
         return False
@@ -505,7 +505,7 @@ def _convolve(
     if _has_avx512():
         if residual is not None:
             return convolve.binary(x, residual, *args, "add", 1.0, None, [], None)
-        if activation is not None and type(activation) in (nn.GELU, nn.ReLU) and is_untouched(activation):
+        if type(activation) in (nn.GELU, nn.ReLU) and is_untouched(activation):
             return convolve(x, *args, *_pointwise(activation))
     if weight.is_mkldnn:
         x = convolve(x, *args, *_pointwise(None))
@@ -531,7 +531,7 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None, res
         x = layer.compute(x, residual)
         return x if activation is None or type(activation) is nn.Identity else activation(x)
     if not is_linear(layer) or not (activation is None or type(activation) is nn.GELU):
-        return in_turn(x, layer, activation, residual)
+        return in_turn(x, layer, activation, residual=residual)
     (weight, bias), dtype, by_onednn = _parameters(layer), _precision(x, layer), _onednn_is_faster(x, layer)
     if x.dtype == weight.dtype == dtype:
         return _linear(x, weight, bias, activation, residual, by_onednn)
@@ -540,7 +540,7 @@ def linear(x: Tensor, layer: nn.Module, activation: nn.Module | None = None, res
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether a layer is torch's own linear one, and `linear` computes it, in float32 whatever its weights are in."""
+    """Whether a layer is torch's own linear one with weights of its own, so that other code may compute it."""
     return type(layer).forward is nn.Linear.forward and _has_own_weights(layer)
 
 
@@ -583,7 +583,7 @@ def _linear(
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     if by_onednn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *_pointwise(activation))
-    return in_turn(F.linear(x, weight, bias), activation, residual)
+    return in_turn(F.linear(x, weight, bias), activation, residual=residual)
 
 
 def _pointwise(activation: nn.GELU | nn.ReLU | None) -> tuple[str, list, str]:

@@ -32,12 +32,10 @@ from .fusion_mambavision import (
     layer_norm,
     linear,
 )
-from .operators import dense, is_traced, misreads_layouts
+from .operators import dense, is_traced, is_traced_for_export, is_transformed, misreads_layouts
 from .selective_scan import (
     backend_on,
     infer_scan_,
-    is_traced_for_export,
-    is_transformed,
     scan_concat,
     selective_scan,
     silu_convolve,
@@ -158,8 +156,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = convolution(x, self.conv1, self.norm1, self.act1)
-        is_added = self.gamma is None and not is_traced() and type(x) is Tensor and x.dtype == y.dtype
-        if is_added and not x.requires_grad and _is_off(self.drop_path):
+        may_add = not is_traced() and type(x) is Tensor and not x.requires_grad and x.dtype == y.dtype
+        if may_add and self.gamma is None and _is_off(self.drop_path):
             return convolution(y, self.conv2, self.norm2, residual=x)
         y = convolution(y, self.conv2, self.norm2)
         if self.gamma is not None:
@@ -209,7 +207,7 @@ class MambaVisionMixer(nn.Module):
         """
         convs, projections = (self.conv1d_x, self.conv1d_z), (self.x_proj, self.dt_proj)
         if not (all(map(_is_depthwise, convs)) and all(map(is_linear, projections))) or self.dt_proj.bias is None:
-            return in_turn(x, self, residual)
+            return in_turn(x, self, residual=residual)
         xz = linear(x, self.in_proj)
         if xz.numel() < _FEW_NUMBERS:
             xz = xz.float()
@@ -265,30 +263,28 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self._heads(self.qkv(x))
-        return self.proj_drop(self.proj(self._attended(self.q_norm(q), self.k_norm(k), v)))
+        return self.proj_drop(self.proj(_attend(self.q_norm(q), self.k_norm(k), v)))
 
     def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """self(x), or its sum with a residual, both (B, L, C), where `is_plain`."""
         if any(type(layer) is not nn.Identity for layer in (self.q_norm, self.k_norm, self.proj_drop)):
-            return in_turn(x, self, residual)
-        return linear(self._attended(*self._heads(linear(x, self.qkv))), self.proj, residual=residual)
+            return in_turn(x, self, residual=residual)
+        return linear(_attend(*self._heads(linear(x, self.qkv))), self.proj, residual=residual)
 
     def _heads(self, qkv: Tensor) -> Tensor:
         """(B, L, 3C) as queries, keys and values, (3, B, heads, L, C/heads)."""
         return dense(qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4))
 
-    @staticmethod
-    def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend(q, k, v).transpose(1, 2).flatten(2)
-
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(channels)) v, all (B, heads, L, channels)."""
+    """softmax(q k' / sqrt(channels)) v of heads (B, heads, L, channels), side by side: (B, L, C)."""
     is_half, is_short = q.dtype in (torch.bfloat16, torch.float16), q.shape[-2] <= 256
     if q.device.type == "cpu" and is_half and is_short and q.requires_grad and not torch.jit.is_tracing():
         # the gradients of torch's own are slow here: with them it takes 2 to 8 times as long (torch 2.15)
-        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        x = torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1) @ v
+    else:
+        x = F.scaled_dot_product_attention(q, k, v)
+    return x.transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -421,10 +417,10 @@ class TokenStage(nn.Module):
         else:
             x = x.narrow(1, 0, H).narrow(2, 0, W)  # slices would have unknown sizes in torch 2.11
         x = dense(x.permute(0, 3, 1, 2))
-        return (x if self.downsample is None else self.downsample(_plain_if_small(x, self.downsample))), x
+        return (x if self.downsample is None else self.downsample(_in_layout_of_weights(x, self.downsample))), x
 
 
-def _plain_if_small(x: Tensor, layer: nn.Module) -> Tensor:
+def _in_layout_of_weights(x: Tensor, layer: nn.Module) -> Tensor:
     """The map (B, C, H, W), in the layout of the convolution's weights where these are more.
 
     For a map in channels_last, a CPU would bring the weights into that layout at every call.
@@ -789,8 +785,8 @@ class MambaVisionModelForImageClassification(MambaVisionPreTrainedModel):
             raise ValueError(f"labels must be {batch} integers, got {labels.dtype} of shape {tuple(labels.shape)}")
         labels = labels.long().view(-1)
         # a look would stall other devices, and where a graph is made or a batch hidden there is nothing to see
-        is_plain = type(labels) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
-        if is_plain and labels.device.type == "cpu":
+        has_numbers = type(labels) is Tensor and not torch.compiler.is_compiling() and not is_transformed()
+        if has_numbers and labels.device.type == "cpu":
             wrong = labels[((labels < 0) | (labels >= count)) & (labels != -100)]
             if len(wrong):
                 raise ValueError(f"labels must be in 0 ... {count - 1} (or -100), got {wrong[0].item()}")

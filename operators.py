@@ -71,6 +71,19 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_traced_for_export() -> bool:
+    """Whether what runs now becomes a graph for elsewhere: of standard operators, free in the batch and the image."""
+    # not `is_exporting()`, which torch.compile takes for true up to torch 2.11; the oldest have neither
+    return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func's transforms or forward-mode differentiation are at work: no operator of ours follows them."""
+    if torch.compiler.is_compiling():  # which refuses by itself what it cannot transform
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def _is_watched(args: tuple) -> bool:
     """Whether somebody makes a graph, transforms, or is told of every operator."""
     if is_traced() or has_modes():
@@ -97,6 +110,11 @@ def dense(x: Tensor) -> Tensor:
     if x.grad_fn is not None and not is_traced():
         x.register_hook(Tensor.contiguous)
     return x
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Of the arithmetic on x, whatever it is stored in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def evenly(total: int, most: int) -> int:

@@ -23,6 +23,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import define, evenly, misreads_layouts, needs_gradient
+from .operators import (
+    compute_dtype,
+    define,
+    evenly,
+    is_traced_for_export,
+    is_transformed,
+    misreads_layouts,
+    needs_gradient,
+)
 
 
 try:
@@ -62,14 +71,14 @@ _KEPT_ELEMENTS = 2**18
 # Elements of each of the three buffers that the backward pass works in: 1.5 MiB of float32
 _BLOCK_ELEMENTS = 3 * 2**17
 # Elements (steps, batch, channels) at a time there, in some blocks: 1 MiB of float32 for each tensor
-_BLOCKS_ELEMENTS = 2**18
+_BACKWARD_PART_ELEMENTS = 2**18
 # From one saved state to the next. Of so few steps, a block has enough segments for torch to share them among threads;
 # and all states that are saved take as much memory as u.
 _SEGMENT_STEPS = 8
 # Fewer steps than this are not worth the fixed cost of a block; rather take fewer sequences at a time.
 _LEAST_STEPS = 16
 # On a GPU, where each operator costs a launch of some 10 us, in which a slow one moves 3 MB: worked out, not timed
-_GPU_SLICE_ELEMENTS, _GPU_PART_ELEMENTS, _GPU_BLOCK_ELEMENTS, _GPU_BLOCKS_ELEMENTS = 2**22, 2**24, 2**24, 2**24
+_GPU_SLICE_ELEMENTS, _GPU_PART_ELEMENTS, _GPU_BLOCK_ELEMENTS, _GPU_BACKWARD_PART_ELEMENTS = 2**22, 2**24, 2**24, 2**24
 
 
 def _touch_constants() -> None:
@@ -145,7 +154,7 @@ def selective_scan(
     """
     _check_shapes(u, dt, A, B, C, D, dt_bias)
     if is_traced_for_export() or is_transformed() or misreads_layouts(u.device):
-        return _scan_chunked(u, dt, A, B, C, D, dt_bias)
+        return _scan_traceable(u, dt, A, B, C, D, dt_bias)
     inputs = (u, dt, A, B, C, D, dt_bias)
     backend = backend_on(u.device, backend)
     if backend == "triton":
@@ -207,7 +216,7 @@ def selective_scan_reference(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
 ) -> Tensor:
     """The definition, one step after the other: what the tests compare with. Never chosen."""
-    dtype = _compute_dtype(u)
+    dtype = compute_dtype(u)
     x, A, B, C, D = (tensor.to(dtype) for tensor in (u, A, B, C, D))
     delta = F.softplus(dt.to(dtype) + dt_bias.to(dtype))
     h = x.new_zeros(u.shape[0], A.shape[1], u.shape[2])
@@ -228,7 +237,8 @@ def selective_scan_reference(
 @functools.cache
 def _failure(backend: str, device: torch.device) -> str | None:
     """Why a backend cannot run on a device, or None where it can; says once, in the log, what it found."""
-    reason = _PROBES[backend](device)
+    with ThreadPoolExecutor(1) as thread:  # without the caller's modes: of fake tensors no result can be read
+        reason = thread.submit(_PROBES[backend], device).result()
     if reason is None:
         _log.info("selective scan: %s works on %s", backend, device)
     else:
@@ -367,7 +377,7 @@ def _forward(
     states = A.shape[1]
     y = torch.empty_like(u, memory_format=torch.contiguous_format)
     saved = _plan(u, states, is_training=True).saved(length) if save_states else 0
-    starts = u.new_empty(saved, batch, states, channels, dtype=_compute_dtype(u))
+    starts = u.new_empty(saved, batch, states, channels, dtype=compute_dtype(u))
     _scan_into(y, starts, u, dt, A, B, C, D, dt_bias)
     return y, starts
 
@@ -377,7 +387,7 @@ def _scan_into(
 ) -> None:
     """Writes the outputs to y, which may be u itself, and to `starts`, unless it is empty, the states."""
     batch, length, _ = u.shape
-    dtype = _compute_dtype(u)
+    dtype = compute_dtype(u)
     plan = _plan(u, A.shape[1], is_training=len(starts) > 0)
     A, D, dt_bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
     for tile in _slices(batch, plan.rows):
@@ -474,7 +484,7 @@ def _backward(
     """Gradients of u, dt, A, B, C, D and dt_bias; `starts` are the states that the forward pass saved."""
     batch, length, channels = u.shape
     states = A.shape[1]
-    dtype = _compute_dtype(u)
+    dtype = compute_dtype(u)
     A_, D_, bias = A.to(dtype).T.contiguous(), D.to(dtype), dt_bias.to(dtype)
     plan = _plan(u, states, is_training=True)
     lanes, blocks = _divide_backward(plan, length, channels, states, u.device.type)
@@ -557,7 +567,7 @@ def _block_backward(
     rates = delta.unsqueeze(-2)
     decays(rates, a)
     torch.mul(B.unsqueeze(-1), delta_x.unsqueeze(-2), out=after)
-    known[: len(starts)] = starts[: len(known)]
+    known.copy_(starts[: len(known)])
     lasting, h = segments  # with what lies behind the last step, where that ends no segment: nobody reads it
     for t in range(1, len(h)):
         h[t].addcmul_(lasting[t - 1], h[t - 1])
@@ -680,7 +690,7 @@ def _divide_backward(plan: _Plan, length: int, channels: int, states: int, devic
     """How many segments make a block of the backward pass, and how many blocks are taken at a time."""
     is_on_cpu = device_type == "cpu"
     block = _BLOCK_ELEMENTS if is_on_cpu else _GPU_BLOCK_ELEMENTS
-    blocks = _BLOCKS_ELEMENTS if is_on_cpu else _GPU_BLOCKS_ELEMENTS
+    blocks = _BACKWARD_PART_ELEMENTS if is_on_cpu else _GPU_BACKWARD_PART_ELEMENTS
     tokens = plan.rows * plan.segment
     segments = -(-length // plan.segment)
     most = max(1, min(segments, block // max(1, tokens * channels * states)))
@@ -697,7 +707,7 @@ def _near_divisor(length: int, steps: int) -> int:
 def _fake_forward(u, dt, A, B, C, D, dt_bias, save_states):
     batch, _, channels = u.shape
     saved = _plan(u, A.shape[1], is_training=True).saved(u.shape[1]) if save_states else 0
-    starts = u.new_empty(saved, batch, A.shape[1], channels, dtype=_compute_dtype(u))
+    starts = u.new_empty(saved, batch, A.shape[1], channels, dtype=compute_dtype(u))
     return torch.empty_like(u, memory_format=torch.contiguous_format), starts
 
 
@@ -717,7 +727,7 @@ def _gradients(ctx, grad_y, grad_starts):
     if torch.is_grad_enabled():  # by `create_graph`: second derivatives, through torch's own operators
         inputs = [x.view_as(x) for x in ctx.saved_tensors[:-1]]  # apart, even where one tensor was given twice
         wanted = [x for x in inputs if x.requires_grad]
-        grads = iter(torch.autograd.grad(_scan_chunked(*inputs), wanted, grad_y, create_graph=True))
+        grads = iter(torch.autograd.grad(_scan_traceable(*inputs), wanted, grad_y, create_graph=True))
         return *(next(grads) if x.requires_grad else None for x in inputs), None
     return *_blocked_scan_backward(grad_y, *ctx.saved_tensors), None
 
@@ -745,9 +755,8 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
     if is_on_cpu and x.dtype in HALVES and (_IS_ARM or x.dtype not in ONEDNN_DTYPES):
         # torch's own convolutions in half precision take 20 times as long; on ARM these are oneDNN's reference code
         return _in_full_precision(_convolve)(x.float(), weight.float()).to(x.dtype)
-    is_recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     is_float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if is_on_cpu and is_float32 and not is_recorded:
+    if is_on_cpu and is_float32 and not needs_gradient(x, weight):
         if torch.compiler.is_compiling():
             return _convolve_by_taps(x, weight)
         before, at, after = weight[:, 0].T.contiguous()
@@ -763,7 +772,7 @@ def _convolve_by_taps(x: Tensor, weight: Tensor) -> Tensor:
     """In pointwise operators, rounded once. torch.compile fuses them into one kernel, and launches it on a GPU in less
     time than ours, which is behind an operator in Python.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     before, at, after = weight[:, 0].to(dtype).unbind(1)
     padded, length = F.pad(x.to(dtype), (0, 0, 1, 1)), x.shape[1]
     y = padded.narrow(1, 0, length) * before + x.to(dtype) * at + padded.narrow(1, 2, length) * after
@@ -776,7 +785,7 @@ def _convolve_by_taps(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @_in_full_precision
-def _scan_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
+def _scan_traceable(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
     """About 2 sqrt(length) steps in place of length: scan all chunks at once, then carry the state across chunks.
 
     Within a chunk only products of decays are formed, never their quotients or differences of sums of logarithms,
@@ -785,7 +794,7 @@ def _scan_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     length = u.shape[1]
     size = math.isqrt(length - 1) + 1
     chunks = -(-length // size)
-    dtype = _compute_dtype(u)
+    dtype = compute_dtype(u)
     x = u.to(dtype)
     delta = F.softplus(dt.to(dtype) + dt_bias.to(dtype))
 
@@ -814,23 +823,6 @@ def _scan_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _compute_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
-
-
-def is_traced_for_export() -> bool:
-    """Whether what runs now becomes a graph for elsewhere: of standard operators, free in the batch and the image."""
-    # not `is_exporting()`, which torch.compile takes for true up to torch 2.11; the oldest have neither
-    return getattr(torch.compiler, "_is_exporting_flag", False) or torch.jit.is_tracing()
-
-
-def is_transformed() -> bool:
-    """Whether torch.func's transforms or forward-mode differentiation are at work: no operator of ours follows them."""
-    if torch.compiler.is_compiling():  # which refuses by itself what it cannot transform
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-
-
 def _check_shapes(u, dt, A, B, C, D, dt_bias) -> None:
     if u.ndim != 3:
         raise ValueError(f"u must be (batch, length, channels), got {tuple(u.shape)}")
@@ -838,6 +830,8 @@ def _check_shapes(u, dt, A, B, C, D, dt_bias) -> None:
     if A.ndim != 2 or A.shape[0] != channels:
         raise ValueError(f"A must be (channels={channels}, states), got {tuple(A.shape)}")
     states = A.shape[1]
+    if channels == 0 or states == 0:
+        raise ValueError(f"A must have at least one channel and one state, got {tuple(A.shape)}")
     for name, tensor, shape in (
         ("dt", dt, (batch, length, channels)),
         ("B", B, (batch, length, states)),

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .operators import define, needs_gradient
+from .operators import compute_dtype, define, needs_gradient
 
 
 try:  # inside `try`, or transformers' loader of remote code would demand it of everyone
@@ -661,7 +661,7 @@ def _forward(
     if states & (states - 1):
         raise ValueError(f"A must have a power of two states for backend='triton', got {states}; use backend='torch'")
     u, dt, B, C, A, D, dt_bias = map(_rows, (u, dt, B, C, A, D, dt_bias))
-    dtype = _compute_dtype(u)
+    dtype = compute_dtype(u)
     out = u.new_empty(batch, length, channels + (0 if z is None else z.shape[2]))
     intervals = _cdiv(length, _INTERVAL) if save_states else 0
     starts = u.new_empty(batch, intervals, states, channels, dtype=dtype)
@@ -734,7 +734,7 @@ def _chunk_ends(
     batch, length, channels = x.shape
     states = A.shape[1]
     block, blocks, chunk, chunks = division
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     ends = x.new_empty(batch, chunks, states, channels, dtype=dtype)
     totals = x.new_empty(batch, chunks, channels, dtype=dtype)
     launch(
@@ -767,14 +767,14 @@ def _run_convolve(x: Tensor, weight: Tensor, y: Tensor) -> None:
     programs = batch * _cdiv(length, _TILE["STEPS"]) * _cdiv(width, _TILE["BLOCK"])
     with on_device(x.device):
         numbers = (*_strides(x, y), length, width)
-        compute = _triton_dtype(_compute_dtype(x))
+        compute = _triton_dtype(compute_dtype(x))
         launch(_convolve_kernel, programs, (x, weight, y), numbers, COMPUTE=compute, **_TILE)
 
 
 def _run_convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x, and of weight as (3, width)."""
     batch, length, width = x.shape
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return grad_x, x.new_zeros(3, width, dtype=dtype)
@@ -796,7 +796,7 @@ def _run_convolve_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[T
 def _fake_forward(u, dt, A, B, C, D, dt_bias, z, weight, save_states):
     batch, length, channels = u.shape
     intervals = _cdiv(length, _INTERVAL) if save_states else 0
-    starts = u.new_empty(batch, intervals, A.shape[1], channels, dtype=_compute_dtype(u))
+    starts = u.new_empty(batch, intervals, A.shape[1], channels, dtype=compute_dtype(u))
     return u.new_empty(batch, length, channels + (0 if z is None else z.shape[2])), starts
 
 
@@ -812,7 +812,7 @@ def _fake_convolve_forward(x, weight):
 
 
 def _fake_convolve_backward(grad_y, x, weight):
-    grad_weight = x.new_empty(3, x.shape[2], dtype=_compute_dtype(x))
+    grad_weight = x.new_empty(3, x.shape[2], dtype=compute_dtype(x))
     return torch.empty_like(x, memory_format=torch.contiguous_format), grad_weight
 
 
@@ -909,10 +909,6 @@ def launch(kernel: triton.JITFunction, programs: int, tensors: tuple, numbers: t
 
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)  # triton.cdiv is a function of kernels, and takes 5 us
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:

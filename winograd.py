@@ -5,7 +5,8 @@ Networks", CVPR 2016, arXiv 1509.09308. A tile of 4x4 outputs depends on a patch
 on both sides, the 36 numbers of a patch need one multiplication each, by 36 numbers made of the filter, instead of
 16 * 9; the products are summed up over the channels, and another matrix brings the sums to the 4x4 outputs.
 
-In float32 the rounding errors are about five times those of the direct sum: 1e-6 of the outputs' usual size.
+In float32 the rounding errors are about five times those of the direct sum: 1e-6 of the outputs' usual size. An input
+that is not finite spreads to all outputs of the tiles that read it, not to its 3x3 neighbours alone.
 """
 
 import functools
@@ -128,10 +129,9 @@ def winograd_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
     # as many images at a time, or rows of tiles of one image, as a piece holds, and about as many in the last one
     width = PATCH**2 * max(C, K)
-    count = min(max(PIECE * torch.get_num_threads(), MIN_TILES * width), LARGEST_PIECE) // width
-    images, strip = evenly(B, count // (rows * columns)), evenly(rows, count // columns)
-    count = images * strip * columns
-    one, two = _scratch(2 * count * width).chunk(2)  # in turn what is read and what is written
+    most = min(max(PIECE * torch.get_num_threads(), MIN_TILES * width), LARGEST_PIECE) // width
+    images, strip = evenly(B, most // (rows * columns)), evenly(rows, most // columns)
+    one, two = _scratch(2 * images * strip * columns * width).chunk(2)  # in turn what is read and what is written
     from_inputs, _, to_outputs = _transforms()
     for image in range(0, B, images):
         for row in range(0, rows, strip):

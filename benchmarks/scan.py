@@ -4,7 +4,7 @@
 The contenders, which all compute y from the same numbers:
 
     loop              the form of mamba_ssm's reference, which people put in its place where there is no GPU
-    autograd          the blocked scan in operators that autograd differentiates; in training only
+    autograd          a scan in blocks of steps, in operators that autograd differentiates; in training only
     torch, triton, mamba_ssm    the backends of `selective_scan`
     mamba_ssm-native  mamba_ssm's CUDA kernels, given their own layout (batch, channels, length)
     NAME-graph        any of them replayed from a CUDA graph: the kernels without the time to launch them
@@ -218,7 +218,7 @@ def output(scan, inputs: list[Tensor], name: str) -> Tensor:
 
 
 def blocked_autograd(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor) -> Tensor:
-    """The blocked scan of selective_scan.py with autograd's gradients: out of place, all that is computed kept."""
+    """The scan in blocks of steps with autograd's gradients: out of place, all that is computed kept."""
     batch, length, _ = u.shape
     A = A.T
     x, dt, B_, C_ = (tensor.transpose(0, 1).float() for tensor in (u, dt, B, C))

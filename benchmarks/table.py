@@ -81,7 +81,7 @@ def load(path: Path) -> dict:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a results file of the benchmarks") from error
     if not groups:
-        raise ValueError(f"{path} holds no results but of quick runs, which measure nothing: delete it, or name the files to take")
+        raise ValueError(f"{path} holds no results but of quick runs, which measure nothing: name the files to take")
     return {"machine": machine, "groups": list(groups.values())}
 
 

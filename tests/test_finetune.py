@@ -480,7 +480,7 @@ def test_the_second_seed_is_what_the_notes_say():
     seeds = [results_of(name) for name in ("fashion-mnist.seed-1", "earlier/first")]
     assert abs(seeds[0]["accuracy"] - seeds[1]["accuracy"]) < 0.003
     assert all(text in notes for text in compared(*seeds))
-    text = "knew {:.2f} % of the test images, the first seed {:.2f} %"
+    text = "got {:.2f} % of the test images right, the first seed {:.2f} %"
     assert text.format(*(100 * seed["accuracy"] for seed in seeds)) in (ROOT / "README.md").read_text()
     accuracies = zip(held_out(other), held_out(history), strict=True)
     text = "{} % against {}, inverted {} against {}, coloured {} against {}"

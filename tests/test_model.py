@@ -18,13 +18,16 @@ from repository import fusion_mambavision, modeling_mambavision, selective_scan,
 from repository.configuration_mambavision import VARIANTS, MambaVisionConfig
 from repository.modeling_mambavision import (
     Attention,
+    ConvBlock,
     DropPath,
     MambaVision,
     MambaVisionMixer,
     MambaVisionModel,
     MambaVisionModelForImageClassification,
     Mlp,
+    PatchEmbed,
     StepProjection,
+    TokenBlock,
 )
 from safetensors import safe_open
 from timm.layers import GluMlp
@@ -794,7 +797,7 @@ def test_where_patches_are_faster(monkeypatch):
         monkeypatch.setattr(fusion_mambavision, "_flags", lambda flags=flags: {flags})
         for pixels in range(1, 60):
             x = torch.zeros(1, 8, 1, pixels, dtype=dtype)
-            assert fusion_mambavision._has_few_pixels(x, conv.to(dtype)) == (8 * pixels <= most)
+            assert fusion_mambavision._patches_pay(x, conv.to(dtype)) == (8 * pixels <= most)
 
 
 @pytest.mark.parametrize("is_arm", [True, False])
@@ -1086,6 +1089,52 @@ def test_layers_whose_code_was_replaced_are_called(classifier, monkeypatch, kind
     with torch.inference_mode():
         for model in (classifier, classifier.fuse()):
             assert (model(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
+
+
+REPLACED_CODE = {  # that computes something else, were it fused as if it were the model's own
+    PatchEmbed: lambda self, x: self.conv_down[3:](self.conv_down[:3](x) + self.conv_down[0](x)),
+    ConvBlock: lambda self, x: x + self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x) + x)))),
+    TokenBlock: lambda self, x: x + self.mlp(self.norm2(self.norm1(x) + self.mixer(x))),
+    Mlp: lambda self, x: self.fc2(self.act(self.fc1(x)) + self.fc1(x)),
+}
+
+
+@pytest.mark.parametrize("kind", REPLACED_CODE)
+def test_fused_copy_runs_code_put_into_a_class(classifier, monkeypatch, kind):
+    before = classifier(image((2, 3, 64, 64))).logits.detach()
+    monkeypatch.setattr(kind, "forward", REPLACED_CODE[kind])
+    with torch.inference_mode():
+        expected, value = (model(image((2, 3, 64, 64))).logits for model in (classifier, classifier.fuse()))
+    assert (expected - before).abs().max() > 1e-3 * before.std()
+    assert (value - expected).abs().max() < 1e-5 * expected.std()
+
+
+def test_fused_copy_calls_a_stem_of_another_class(classifier):
+    class Stem(nn.Sequential):
+        def forward(self, x):
+            x = self[0](x)
+            return self[5](self[4](self[3](x + self[2](self[1](x)))))
+
+    classifier.model.patch_embed.conv_down = Stem(*classifier.model.patch_embed.conv_down)
+    with torch.inference_mode():
+        expected, value = (model(image((2, 3, 64, 64))).logits for model in (classifier, classifier.fuse()))
+    assert (value - expected).abs().max() < 1e-5 * expected.std()
+
+
+def test_who_watches_all_calls_sees_all(classifier, monkeypatch):
+    seen, call = [], nn.Module.__call__
+
+    def watched(module, *args, **kwargs):
+        seen.append(type(module))
+        return call(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", watched)
+    classifier(image((2, 3, 64, 64)))
+    expected = Counter(seen)
+    seen.clear()
+    with torch.inference_mode():
+        classifier(image((2, 3, 64, 64)))
+    assert Counter(seen) == expected and expected[nn.Linear] > 10
 
 
 def test_code_of_layers_is_known_by_its_names(monkeypatch):

@@ -24,7 +24,7 @@ TOLERANCE = {
     torch.float64: 1e-12,  # the same sums in another order
     torch.float32: 1e-5,  # float32's 6e-8, accumulated over the memory of the recurrence
 }
-FORMS = {"blocked": selective_scan, "chunked": scan_module._scan_chunked}
+FORMS = {"blocked": selective_scan, "chunked": scan_module._scan_traceable}
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_the_division_of_the_backward_pass_does_not_matter(monkeypatch, elements
     monkeypatch.setattr(scan_module, "_SLICE_ELEMENTS", elements)
     monkeypatch.setattr(scan_module, "_SEGMENT_STEPS", segment)
     monkeypatch.setattr(scan_module, "_BLOCK_ELEMENTS", block)
-    monkeypatch.setattr(scan_module, "_BLOCKS_ELEMENTS", blocks)
+    monkeypatch.setattr(scan_module, "_BACKWARD_PART_ELEMENTS", blocks)
     inputs = [x.requires_grad_() for x in random_inputs(5, length, 20)]
     weight = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = torch.autograd.grad((sequential_float64(*inputs) * weight).sum(), inputs)
@@ -289,7 +289,7 @@ def test_blocks_are_of_a_size_that_the_caches_hold(batch, length, channels, segm
     assert plan.steps % segment == 0
     step = plan.rows * channels * 8
     assert lanes * segment * step <= scan_module._BLOCK_ELEMENTS
-    assert blocks * lanes * segment * plan.rows * channels <= scan_module._BLOCKS_ELEMENTS
+    assert blocks * lanes * segment * plan.rows * channels <= scan_module._BACKWARD_PART_ELEMENTS
     assert lanes in (1, -(-length // segment)) or lanes * step > 2**15
 
 
@@ -336,7 +336,7 @@ def test_sizes_of_other_devices(monkeypatch, batch, times):
 
 
 def test_gradients_with_the_sizes_of_other_devices(monkeypatch):
-    for name in ("_BLOCK_ELEMENTS", "_BLOCKS_ELEMENTS", "_SLICE_ELEMENTS", "_PART_ELEMENTS"):
+    for name in ("_BLOCK_ELEMENTS", "_BACKWARD_PART_ELEMENTS", "_SLICE_ELEMENTS", "_PART_ELEMENTS"):
         monkeypatch.setattr(scan_module, name, getattr(scan_module, "_GPU" + name))
     inputs = [x.requires_grad_() for x in random_inputs(8, 196, 40)]
     expected = torch.autograd.grad(sequential_float64(*inputs).sum(), inputs)
@@ -636,6 +636,12 @@ def test_shapes_that_do_not_fit_are_named(name, shape):
     inputs[name] = torch.zeros(shape)
     with pytest.raises(ValueError, match=rf"^{name} must"):
         selective_scan(**inputs)
+
+
+@pytest.mark.parametrize("channels, states", [(0, 8), (4, 0)])
+def test_a_scan_of_nothing_is_refused(channels, states):
+    with pytest.raises(ValueError, match=rf"^A must have at least one .*\({channels}, {states}\)"):
+        selective_scan(*random_inputs(2, 5, channels, states))
 
 
 def test_backend_is_chosen_by_name_or_by_environment(monkeypatch):

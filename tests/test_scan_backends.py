@@ -20,6 +20,7 @@ from repository.selective_scan import (
     selective_scan_reference,
     silu_convolve,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 CPU = torch.device("cpu")
@@ -122,6 +123,18 @@ class TestChoice:
             selective_scan(*inputs(), backend="triton")
         monkeypatch.setattr(scan_module, "_triton_scan", scan_module._torch_scan)
         assert backend_on(CPU, "triton") == "triton"
+
+    def test_the_callers_modes_are_not_those_of_the_probe(self, monkeypatch):
+        """Fake tensors have no numbers to judge a backend by, and the verdict holds for the whole process."""
+
+        def probe(device):
+            return (
+                None if torch.ones(1, device=device).item() == 1 and not torch.is_inference_mode_enabled() else "wrong"
+            )
+
+        monkeypatch.setitem(scan_module._PROBES, "mamba_ssm", probe)
+        with FakeTensorMode(), torch.inference_mode():
+            assert backend_on(CPU, "mamba_ssm") == "mamba_ssm"
 
     def test_compiled_code_knows_the_choice(self):
         """One graph, and no probe in it."""
