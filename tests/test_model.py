@@ -1091,6 +1091,49 @@ def test_layers_whose_code_was_replaced_are_called(classifier, monkeypatch, kind
             assert (model(pixel_values).logits - expected).abs().max() < 1e-5 * expected.std()
 
 
+NARROW = [(70, 32), (230, 5), (36, 4), (15, 1), (999, 1)]
+
+
+def leave_no_numbers_behind():
+    """Memory that is free now holds what shows in sums."""
+    for tensor in [torch.empty(100_000) for _ in range(8)]:
+        tensor.fill_(math.nan)
+
+
+@pytest.mark.parametrize("size", NARROW)
+@pytest.mark.parametrize("how", ["direct", "fused", "recorded", "autocast"])
+def test_maps_of_one_or_two_columns_in_half_precision(classifier, size, how):
+    """oneDNN's convolutions with AMX read beyond them."""
+    pixel_values = image((2, 3, *size))
+    expected = classifier(pixel_values).logits.detach()
+    model = classifier if how == "autocast" else classifier.bfloat16()
+    model = model.fuse() if how == "fused" else model
+    leave_no_numbers_behind()
+    with torch.set_grad_enabled(how == "recorded"), torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        value = model(pixel_values).logits
+    assert (value - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", NARROW)
+def test_training_on_maps_of_one_or_two_columns_under_autocast(classifier, size):
+    """The same, with the statistics of a batch, and weights' gradients."""
+    stem, other = classifier.model.patch_embed.train(), copy.deepcopy(classifier.model.patch_embed)
+    pixel_values = image((4, 3, *size))
+    expected = other(pixel_values)
+    weight = image(expected.shape)
+    (expected * weight).sum().backward()
+    leave_no_numbers_behind()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = stem(pixel_values)
+    leave_no_numbers_behind()
+    (value * weight).sum().backward()
+    assert (value - expected).norm() < 0.03 * expected.norm()
+    for x, y in zip(stem.buffers(), other.buffers(), strict=True):
+        assert (x - y).abs().max() < 0.03 * y.abs().max()
+    for x, y in zip(stem.parameters(), other.parameters(), strict=True):
+        assert (x.grad - y.grad).norm() < 0.3 * y.grad.norm()  # up to 0.15 of maps of one row, too
+
+
 REPLACED_CODE = {  # that computes something else, were it fused as if it were the model's own
     PatchEmbed: lambda self, x: self.conv_down[3:](self.conv_down[:3](x) + self.conv_down[0](x)),
     ConvBlock: lambda self, x: x + self.norm2(self.conv2(self.act1(self.norm1(self.conv1(x) + x)))),
