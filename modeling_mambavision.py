@@ -551,13 +551,18 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
         The configuration's mean and std go along: averaged, or repeated.
 
         Raises:
-            ValueError: `in_chans` is not a positive integer, or this is a fused copy.
+            ValueError: `in_chans` is not a positive integer, this is a fused copy, or the stem's weights are offloaded.
         """
         if not isinstance(in_chans, int) or isinstance(in_chans, bool) or in_chans < 1:
             raise ValueError(f"in_chans must be a positive integer, got {in_chans!r}")
         self._refuse_if_fused()
         stem = self.model.patch_embed.conv_down
         old = stem[0]
+        if old.weight.is_meta and hasattr(old, "_hf_hook"):  # which would bring the weights back as they were
+            raise ValueError(
+                f"in_chans={in_chans} changes the stem's weights, which are offloaded: keep model.patch_embed on a"
+                " device in device_map"
+            )
         kernels, count = old.weight.detach().float(), old.in_channels
         if in_chans == 1:
             kernels = kernels.sum(1, keepdim=True)

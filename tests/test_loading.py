@@ -251,6 +251,8 @@ def test_device_map_and_offloading_to_disk(small_folder, tmp_path):
         torch.testing.assert_close(mapped(pixel_values).logits, expected)
         offloaded = disk_offload(load(AutoModelForImageClassification, small_folder), tmp_path / "offload")
         torch.testing.assert_close(offloaded(pixel_values).logits, expected)
+    with pytest.raises(ValueError, match=r"in_chans=1 .*offloaded: keep model\.patch_embed"):
+        offloaded.set_input_channels(1)
 
 
 def test_backbone_loads_a_classifiers_weights(small_folder):
