@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import dense, has_modes, is_traced, is_traced_for_export, is_transformed, misreads_layouts
+from .operators import has_modes, is_traced, is_traced_for_export, is_transformed, misreads_layouts
 from .selective_scan import HALVES, ONEDNN_DTYPES, backend_on, cpuinfo
 from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
@@ -248,7 +248,9 @@ def _has_hooks_of_all() -> bool:
 
 
 def _computes_its_own(kind: type[nn.Module]) -> bool:
-    """Whether nobody put other code into a class of layers, or into what a convolution's forward calls."""
+    """Whether a class of layers is called as usual, and nobody put other code into it, or into what a convolution's
+    forward calls.
+    """
     convolve = getattr(kind, "_conv_forward", None)
     is_called_as_usual = kind.__call__ is nn.Module._wrapped_call_impl
     return is_called_as_usual and _is_its_own(kind.forward, kind) and (convolve is None or _is_its_own(convolve, kind))
@@ -385,7 +387,7 @@ def convolution(
     """
     if _reads_beyond(x, conv):
         y = convolution(F.pad(x, (0, 2)), conv, None)
-        return in_turn(dense(y[..., :1]), norm, activation, residual=residual)
+        return in_turn(y[..., :1], norm, activation, residual=residual)
     is_folded = type(conv) is FusedConv2d and (norm is None or type(norm) is nn.Identity)
     if is_folded and is_plain(x, conv, norm, activation):
         x = conv.compute(x, residual)
@@ -413,12 +415,13 @@ def convolution(
 
 def _reads_beyond(x: Tensor, conv: nn.Module) -> bool:
     """Whether oneDNN's convolution may take what lies behind the map for a part of it, and give numbers that are wrong
-    or none: with AMX in bfloat16, at stride 2, where the map has one or two columns (oneDNN 3.12 and 3.13).
+    or none: with AMX in bfloat16, at stride 2, where the map has one or two columns (seen in oneDNN 3.12 and 3.13).
     """
-    if type(x) is not Tensor or x.shape[-1] > 2 or not x.is_cpu or is_traced_for_export():
+    if type(x) is not Tensor or not x.is_cpu or is_traced_for_export():
         return False
-    is_half = x.dtype in HALVES or torch.is_autocast_enabled("cpu")
-    return is_half and x.ndim == 4 and getattr(conv, "stride", None) == (2, 2)
+    if x.dtype not in HALVES and not torch.is_autocast_enabled("cpu"):
+        return False
+    return x.ndim == 4 and x.shape[-1] <= 2 and getattr(conv, "stride", None) == (2, 2)  # asked last: a graph's guard
 
 
 def _may_finish(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
