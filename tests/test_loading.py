@@ -230,6 +230,9 @@ def test_grey_images_give_what_their_rgb_copies_gave(small_folder):
     assert len(model.config.mean) == len(model.config.std) == 1
     with pytest.raises(ValueError, match="in_chans must be a positive integer, got 0"):
         model.set_input_channels(0)
+    without_numbers = model.to("meta")
+    without_numbers.set_input_channels(4)
+    assert without_numbers.get_input_embeddings().conv_down[0].weight.shape[1] == 4
 
 
 def test_weights_without_the_prefix_load_too(small_folder):
