@@ -225,11 +225,13 @@ class MambaVisionMixer(nn.Module):
         return -torch.exp(self.A_log.float())
 
     def _dt_bias(self, dt: Tensor) -> Tensor:
-        """What dt_proj adds to each step, (C/2,)."""
+        """What the scan adds to each step, (C/2,): the bias of dt_proj, whatever hooks make of that layer's result."""
         layer = self.dt_proj
-        if type(layer) is StepProjection and layer.bias is not None and is_untouched(layer):
-            return layer.bias
-        # what adapters, quantisers and offloading put in its place may have no such parameter
+        bias = layer._parameters.get("bias") if isinstance(layer, StepProjection) else None
+        is_there = type(bias) is nn.Parameter and not bias.is_meta and bias.shape == self.D.shape
+        if bias is not None and (is_there or is_untouched(layer)):
+            return bias
+        # what adapters and quantisers put in its place may have none, offloading and sharding only while it is called
         return layer(dt.new_zeros(1, self.dt_rank))[0]
 
 

@@ -765,7 +765,8 @@ def _convolve(x: Tensor, weight: Tensor) -> Tensor:
         y[:, :-1].addcmul_(x[:, 1:], after)
         return F.silu(y, inplace=True)
     image = x.transpose(1, 2).unsqueeze(2)
-    return F.silu(F.conv2d(image, weight.unsqueeze(2), padding=(0, 1), groups=len(weight)).squeeze(2).transpose(1, 2))
+    taps = weight.unflatten(1, (1, 1))  # not unsqueezed, or the gradient would have strides that DDP warns of
+    return F.silu(F.conv2d(image, taps, padding=(0, 1), groups=len(weight)).squeeze(2).transpose(1, 2))
 
 
 def _convolve_by_taps(x: Tensor, weight: Tensor) -> Tensor:

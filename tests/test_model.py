@@ -374,10 +374,10 @@ def test_another_convolution_in_the_mixer_is_called(name, change):
     assert seen
 
 
-@pytest.mark.parametrize("change", [None, "module", "subclass", "none", "hook", "forward"])
+@pytest.mark.parametrize("change", [None, "module", "adapter", "subclass", "none", "hook", "forward", "gathered"])
 @torch.no_grad()
 def test_the_bias_of_dt_proj_counts_twice_whatever_stands_there(change, monkeypatch):
-    """Read from the layer where it is the model's own, else asked of what is in its place."""
+    """Read from the layer, whatever it computes, as the published code does; asked of what else is in its place."""
     weights, forward, product = [], StepProjection.forward, F.linear
     monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: weights.append(weight) or product(x, weight, bias))
     mixer, x = MambaVisionMixer(32).double(), torch.randn(2, 9, 32, dtype=torch.float64)
@@ -386,18 +386,26 @@ def test_the_bias_of_dt_proj_counts_twice_whatever_stands_there(change, monkeypa
     expected, own, more = copy.deepcopy(mixer), mixer.dt_proj, 0
     if change == "module":
         mixer.dt_proj = nn.Sequential(own)
+    elif change == "adapter":
+        mixer.dt_proj = nn.Sequential(own)
+        mixer.dt_proj.register_forward_hook(lambda module, args, output: output + 1)
+        more = 1
     elif change == "none":
         own.bias = None
         more = -expected.dt_proj.bias.clone()
     elif change == "subclass":
         own.__class__ = type("Adapted", (StepProjection,), {"forward": lambda self, dt: forward(self, dt) + 1})
-        more = 1
+        more = 0.5
     elif change == "hook":
         own.register_forward_hook(lambda module, args, output: output + 1)
-        more = 1
+        more = 0.5
     elif change == "forward":
         own.forward = lambda dt: F.linear(dt, own.weight, own.bias + 1)
-        more = 1
+        more = 0.5
+    elif change == "gathered":  # as by sharding: numbers only while the layer is called
+        bias, own.bias.data = own.bias.data, own.bias.data[:0]
+        own.register_forward_pre_hook(lambda module, args: setattr(own.bias, "data", bias))
+        own.register_forward_hook(lambda module, args, output: setattr(own.bias, "data", bias[:0]))
     value = mixer(x)
     assert change or sum(weight is own.weight for weight in weights) == 1
     expected.dt_proj.bias += more

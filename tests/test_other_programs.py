@@ -174,6 +174,35 @@ def test_unet_decoder(models):
     agree(program, models)
 
 
+EDITS = {
+    "zeros": torch.zeros_like,
+    "halves": lambda output: 0.5 * output,
+    "adds": lambda output: output + 1,
+    "keeps": lambda output: output.new_ones(output.shape),
+}
+
+
+@pytest.mark.parametrize("edit", [*EDITS, None])
+@pytest.mark.parametrize("layer", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+def test_hooks_on_the_layers_of_a_mixer(models, layer, edit):
+    """Ablation, activation patching and captum: a hook sees a layer's result once, and may give another."""
+
+    def program(model):
+        seen, mixer = [], model.model.levels[2].blocks[0].mixer
+
+        def hook(module, args, output):
+            seen.append(output.detach().flatten(0, -2))  # the published mixer flattens for some layers itself
+            return EDITS[edit](output) if edit else None
+
+        getattr(mixer, layer).register_forward_hook(hook)
+        with torch.no_grad():
+            pooled, _ = model(X)
+        assert len(seen) == 1
+        return pooled, seen[0]
+
+    agree(program, models)
+
+
 def test_maps_by_index(models):
     """mmsegmentation and captioning wrappers: `model(x)[1]` are the maps, `[0]` the pooled features."""
 

@@ -57,6 +57,17 @@ def test_trainer_trains_and_its_checkpoint_reloads(small_config, tmp_path, bf16)
     assert all(torch.equal(t, trainer.model.state_dict()[name]) for name, t in reloaded.state_dict().items())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_lie_as_their_parameters_do(classifier, autocast):
+    """DistributedDataParallel warns of others, and copies them."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = classifier.train()(image((2, 3, 64, 64))).logits
+    logits.float().sum().backward()
+    assert {name: p.grad.stride() for name, p in classifier.named_parameters()} == {
+        name: p.stride() for name, p in classifier.named_parameters()
+    }
+
+
 def test_lora_on_the_linear_layers_trains(classifier):
     from peft import LoraConfig, get_peft_model
 
