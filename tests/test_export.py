@@ -58,6 +58,12 @@ def test_program_of_any_size_of_several_windows(classifier, sides, strict):
     assert_exports(classifier, (2, 3, *sides), sizes, dynamic_shapes=free, strict=strict)
 
 
+def test_program_of_sides_in_bounds(classifier):
+    free = ({0: torch.export.Dim("batch"), **{i: torch.export.Dim(f"side_{i}", min=97, max=1024) for i in (2, 3)}},)
+    settings = dict(strict=False, prefer_deferred_runtime_asserts_over_guards=True)
+    assert_exports(classifier, (2, 3, 192, 192), [(1, 3, 97, 1024), (3, 3, 300, 129)], dynamic_shapes=free, **settings)
+
+
 LOADED = """
 import sys, torch
 folder = sys.argv[1]
