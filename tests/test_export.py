@@ -29,8 +29,10 @@ def assert_same(outputs, pixel_values, model):
 
 def assert_exports(model, example, sizes, **settings):
     program = torch.export.export(model, (image(example),), **settings)
-    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert operators and not any("mambavision" in name for name in operators), "standard operators alone"
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert operators.count("aten.linear.default") == len(layers), "each layer once"
     for size in sizes:
         pixel_values = image(size)
         with torch.no_grad():
