@@ -383,7 +383,7 @@ def test_the_bias_of_dt_proj_counts_twice_whatever_stands_there(change, monkeypa
     mixer, x = MambaVisionMixer(32).double(), torch.randn(2, 9, 32, dtype=torch.float64)
     for parameter in mixer.parameters():
         nn.init.normal_(parameter, std=0.5)
-    expected, own, more = copy.deepcopy(mixer), mixer.dt_proj, 0
+    expected, own, more = copy.deepcopy(mixer), mixer.dt_proj, 0  # more: on each of the two, so 0.5 where 1 counts once
     if change == "module":
         mixer.dt_proj = nn.Sequential(own)
     elif change == "adapter":
