@@ -23,9 +23,9 @@ from .winograd import winograd_convolution, winograd_filters, winograd_pays
 
 
 try:
-    from .fusion_triton import finish
+    from .fusion_triton import MOST_CHANNELS, MOST_FILTERS, convolve_images, finish
 except ImportError:  # no Triton
-    finish = None
+    finish = convolve_images = None
 
 
 @torch.inference_mode(False)  # whose tensors do not count their changes, by which `_pack` knows old weights
@@ -282,7 +282,7 @@ class _Fused(nn.Module):
         layer, activation = self._modules["layer"], self._modules.get("activation")
         if is_plain(x, layer, activation):
             return self.compute(x)
-        return in_turn(x, layer, activation)
+        return activated(layer(x), activation)
 
     def compute(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The same where `is_plain`, or in place of an activation the sum with `residual`."""
@@ -395,7 +395,7 @@ def convolution(
     if norm is not None and _may_finish(x, conv, norm):
         return in_turn(_convolve_and_finish(x, conv, norm, activation), residual=residual)
     if not _is_worth_folding(x, conv, norm):
-        return in_turn(x, conv, norm, activation, residual=residual)
+        return in_turn(activated(in_turn(x, conv, norm), activation), residual=residual)
     dtype = _precision(x, conv)
     y = x.to(dtype)
     is_winograd = winograd_pays(y, conv, is_prepared=False)
@@ -426,7 +426,7 @@ def _reads_beyond(x: Tensor, conv: nn.Module) -> bool:
 
 def _may_finish(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
     """Whether a kernel of ours may do what follows a convolution: on a GPU that Triton supports."""
-    if finish is None or type(x) is not Tensor or not x.is_cuda:
+    if finish is None or not _is_on_gpu(x):
         return False
     return _can_finish(x, conv, norm) and backend_on(x.device) == "triton"
 
@@ -437,12 +437,17 @@ def _can_finish(x: Tensor, conv: nn.Module, norm: nn.Module | None) -> bool:
         return False
     if x.ndim != 4 or x.numel() == 0 or x.dtype == torch.float64:
         return False
+    return _has_usual_vectors(x.device, conv, norm)
+
+
+def _has_usual_vectors(device: torch.device, conv: nn.Module, norm: nn.Module | None) -> bool:
+    """Whether layers are torch's own, and their numbers for each channel lie where and as our kernels read them."""
     if not (_can_replace(conv) if norm is None else _can_fold(conv, norm)):
         return False
     vectors = [conv.bias]
     if norm is not None:
         vectors += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-    usual = (x.device, conv.weight.shape[:1], (1,))  # it reads them as if they were dense
+    usual = (device, conv.weight.shape[:1], (1,))
     return all(y is None or (y.device, y.shape, y.stride()) == usual for y in vectors)
 
 
@@ -454,6 +459,81 @@ def _convolve_and_finish(
     if conv.bias is not None or norm is not None or name not in ("none", None):
         y = finish(y.contiguous(memory_format=torch.channels_last), conv.bias, norm, name or "none")
     return activation(y) if name is None else y
+
+
+def image_convolution(
+    x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None
+) -> Tensor | None:
+    """`convolution` of images (B, C, H, W) in any layout by a kernel of ours, or None where there is none for them."""
+    if convolve_images is None or not _is_on_gpu(x):
+        return None
+    if not _has_matrix_units(x.device) or backend_on(x.device) != "triton":
+        return None
+    return _convolve_images(x, conv, norm, activation)
+
+
+def _convolve_images(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) -> Tensor | None:
+    if torch.is_grad_enabled() or is_traced_for_export() or is_transformed() or (not is_traced() and has_modes()):
+        return None
+    if type(conv) is FusedConv2d:
+        if not all(type(y) is nn.Identity and is_untouched(y) for y in (norm, activation)) or not is_untouched(conv):
+            return None
+        conv, norm, activation = conv._modules["layer"], None, conv._modules.get("activation")
+    name = _name_of(activation)
+    if name is None or x.numel() == 0 or not _has_usual_vectors(x.device, conv, norm):
+        return None
+    form = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if form != ((3, 3), (2, 2), (1, 1), (1, 1), 1) or conv.weight.device != x.device:
+        return None
+    if x.ndim != 4 or x.shape[1] != conv.in_channels or x.shape[0] * x.shape[2] * x.shape[3] >= 2**31:
+        return None
+    is_cast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if is_cast else x.dtype
+    if dtype not in HALVES or x.dtype == torch.float64 or not (is_cast or conv.weight.dtype == dtype):
+        return None
+    if conv.in_channels > MOST_CHANNELS or conv.out_channels > MOST_FILTERS:
+        return None
+    return convolve_images(x, conv, norm, name, dtype)
+
+
+@torch.compiler.assume_constant_result
+def _has_matrix_units(device: torch.device) -> bool:
+    """Whether a GPU multiplies matrices of both half precisions."""
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return type(x) is Tensor and x.is_cuda
+
+
+def activated(x: Tensor, activation: nn.Module | None) -> Tensor:
+    """activation(x), or x where there is none; on a GPU compiled to kernels that take no longer than memory does.
+
+    Of the error function and of tanh torch.compile's kernels compute two branches for every number.
+    """
+    if not is_traced() or is_traced_for_export() or torch.is_grad_enabled() or x.dtype not in HALVES:
+        return in_turn(x, activation)
+    name = _name_of(activation) if _is_on_gpu(x) else None
+    if name == "gelu":
+        return _gelu(x.float()).to(x.dtype)
+    if name == "gelu_tanh":
+        return _gelu_tanh(x.float()).to(x.dtype)
+    return in_turn(x, activation)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """GELU to 3e-5 of itself, less than a tenth of what rounding to half precision changes.
+
+    Of a normal distribution, what lies beyond |x| is exp(-x^2 / 2) times a polynomial in 1 / (1 + 0.375 |x|), fitted.
+    """
+    distance = x.abs().clamp(max=15.0)  # beyond, nothing is left; and infinity times 0 is no number
+    t = 1 / (1 + 0.375 * distance)
+    tail = t * (0.14906077 + t * (0.15773643 + t * (0.08355633 + t * (0.20029159 - t * 0.09064726))))
+    return x.relu() - distance * tail * torch.exp2(-0.72134752 * distance * distance)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh(a)) / 2 = sigmoid(2 a)
 
 
 def _name_of(activation: nn.Module | None) -> str | None:

@@ -23,8 +23,10 @@ from transformers.utils import ModelOutput
 
 from .configuration_mambavision import MambaVisionConfig
 from .fusion_mambavision import (
+    activated,
     convolution,
     fused_copy,
+    image_convolution,
     in_turn,
     is_linear,
     is_plain,
@@ -76,15 +78,17 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self._checked(pixel_values)
+        layers = self.conv_down
+        is_usual = type(layers) is nn.Sequential and len(layers) == 6 and is_untouched(layers)
+        first, second = (list(layers)[:3], list(layers)[3:]) if is_usual else ([], [])
+        if is_usual and (y := image_convolution(x, *first)) is not None:
+            return convolution(y, *second)
         if misreads_layouts(x.device):
             x = x.contiguous()
         elif not is_transformed():  # vmap knows no layouts
             # channels_last: the faster one of the convolutions, and the one in which windows of tokens are a view
             x = x.contiguous(memory_format=torch.channels_last)
-        if type(self.conv_down) is not nn.Sequential or len(self.conv_down) != 6 or not is_untouched(self.conv_down):
-            return self.conv_down(x)
-        conv1, norm1, act1, conv2, norm2, act2 = self.conv_down
-        return convolution(convolution(x, conv1, norm1, act1), conv2, norm2, act2)
+        return convolution(convolution(x, *first), *second) if is_usual else layers(x)
 
     def _checked(self, pixel_values: Tensor) -> Tensor:
         """The input in the weights' precision; reads only what a tracer knows too, so it costs a graph nothing."""
@@ -297,7 +301,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(activated(self.fc1(x), self.act))
 
     def infer(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """self(x), or its sum with a residual, both (B, L, C), where `is_plain`."""

@@ -26,6 +26,28 @@ def test_compiled_inference_is_one_graph_and_equal(shallow_classifier):
         torch.testing.assert_close(compiled(pixel_values).logits, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_for_gpus(monkeypatch, approximate, dtype):
+    """Of every number in half precision: rounded as exactly as torch's own."""
+    monkeypatch.setattr(fusion_mambavision, "_is_on_gpu", lambda x: True)
+    graphs, gelu = [], torch.nn.GELU(approximate)
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = x[x.isfinite()]
+    torch.compiler.reset()
+    compiled = torch.compile(
+        fusion_mambavision.activated, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph
+    )
+    with torch.no_grad():
+        y, exact = compiled(x, gelu), gelu(x.double())
+        assert compiled(torch.tensor([torch.inf, torch.nan], dtype=dtype), gelu).isnan().tolist() == [False, True]
+    assert y.dtype == dtype and "gelu" not in graphs[0].code
+    assert ((y - exact).abs() <= 2 * (exact.to(dtype) - exact).abs() + 1e-4 * exact.abs() + 1e-7).all()
+    assert (y == exact.to(dtype)).float().mean() >= (gelu(x) == exact.to(dtype)).float().mean()
+    assert torch.equal(compiled(x, gelu), gelu(x)) and "gelu" in graphs[-1].code  # where gradients are recorded
+    assert torch.equal(fusion_mambavision.activated(x, gelu), gelu(x))  # and where nobody compiles
+
+
 def test_compiled_training_step_is_one_graph_and_equal(shallow_classifier):
     pixel_values, labels = image((3, 3, 64, 64)), torch.tensor([0, 4, 2])
     gradients = []

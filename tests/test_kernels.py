@@ -8,6 +8,7 @@ own, in which `test_in_the_interpreter` runs this file again. To see them one by
     TRITON_INTERPRET=1 pytest tests/test_kernels.py
 """
 
+import copy
 import importlib
 import itertools
 import os
@@ -29,8 +30,10 @@ from transformers.dynamic_module_utils import get_imports
 triton = pytest.importorskip("triton", minversion="3.3", reason="torch comes without triton on this platform")
 
 from repository import fusion_mambavision, fusion_triton  # noqa: E402
+from repository import modeling_mambavision as modeling  # noqa: E402
 from repository import selective_scan as scan  # noqa: E402
 from repository import selective_scan_triton as kernels  # noqa: E402
+from repository.configuration_mambavision import MambaVisionConfig  # noqa: E402
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,6 +43,7 @@ GPU = torch.cuda.is_available() and kernels.runs_on(torch.device("cuda"))
 # has 8 bits; the state has 24.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 LEAVES = ("u and z", "dt", "A", "B and C", "D", "dt_bias", "weight")
+STEM = nn.Conv2d(3, 8, 3, 2, 1, bias=False, dtype=torch.bfloat16), nn.BatchNorm2d(8).eval()
 
 
 def make(batch, length, channels, dtype, states=8, longest_step=None, fastest_decay=8.0, device="cpu", width=None):
@@ -140,6 +144,31 @@ def check_finish(shape, dtype, activation, parts="both", device="cpu"):
     assert error(y, expected) < TOLERANCE[dtype]
 
 
+def check_images(shape, filters, dtype, activation="relu", parts="norm", given=None, strides=None, device="cpu"):
+    """The stem's first convolution and what follows it, of images in any layout, against float64."""
+    generator = torch.Generator().manual_seed(shape[1] + filters)
+    norm, conv = nn.BatchNorm2d(filters, eps=0.1).eval(), nn.Conv2d(shape[1], filters, 3, 2, 1, bias=parts != "norm")
+    for tensor in (conv.weight.data, norm.running_mean, norm.weight.data, norm.bias.data):
+        tensor.normal_(generator=generator)
+    norm.running_var.uniform_(0.1, 2.0, generator=generator)
+    norm = norm if parts != "offset" else None
+    x = torch.randn(shape, generator=generator).to(given or dtype)
+    if strides is not None:
+        x = x.as_strided(shape, strides) if isinstance(strides, tuple) else x.contiguous(memory_format=strides)
+    with torch.no_grad():
+        bias = None if conv.bias is None else conv.bias.double()
+        expected = F.conv2d(x.to(dtype).double(), conv.weight.to(dtype).double(), bias, 2, 1)
+        if norm is not None:
+            tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+            expected = F.batch_norm(expected, *(x.double() for x in tensors), eps=norm.eps)
+        expected = ACTIVATIONS[activation](expected)
+        layers = (conv.to(device, memory_format=torch.channels_last if given else None), norm and norm.to(device))
+        y = fusion_triton.convolve_images(x.to(device), *layers, activation, dtype)
+    assert y.shape == expected.shape and y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    # the interpreter cuts bfloat16 off where a GPU rounds
+    assert error(y, expected) < (2 if INTERPRETED and dtype == torch.bfloat16 else 1) * TOLERANCE[dtype]
+
+
 def divided(monkeypatch, block=None, chunk=None):
     """Make the kernels divide the work so: channels and steps of a program."""
 
@@ -156,8 +185,12 @@ def divided(monkeypatch, block=None, chunk=None):
 def poisoned(monkeypatch):
     """New buffers hold NaN, so that whatever is left unwritten shows."""
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: empty_like(*args, **kwargs).fill_(torch.nan))
+
+    def poison(x):
+        return x.fill_(torch.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(empty_like(*args, **kwargs)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,6 +378,66 @@ class TestInterpreted:
         for dtype, parts in itertools.product((torch.float32, torch.bfloat16), ("both", "norm", "offset")):
             check_finish((2, width, 23, 13), dtype, activation, parts)
 
+    @pytest.fixture
+    def exact_products(self, monkeypatch):
+        """The interpreter multiplies bfloat16's bits as if they were integers."""
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        multiply, half, wide = InterpreterBuilder.create_dot, triton.language.bfloat16, triton.language.float32
+
+        def create_dot(self, a, b, *args):
+            widened = [self.create_fp_ext(x, wide) if x.dtype.scalar == half else x for x in (a, b)]
+            return multiply(self, *widened, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+    @pytest.mark.usefixtures("exact_products")
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_images(self, dtype):
+        for parts, activation in itertools.product(("both", "norm", "offset"), ACTIVATIONS):
+            check_images((2, 3, 17, 22), 20, dtype, activation, parts)
+        for shape, filters in (((1, 3, 1, 1), 64), ((2, 1, 9, 2), 5), ((1, 7, 8, 11), 32), ((3, 4, 1, 16), 48)):
+            check_images(shape, filters, dtype)
+        check_images((2, 3, 16, 16), 32, dtype, strides=torch.channels_last)
+        check_images((2, 3, 9, 9), 32, dtype, given=torch.float32)  # images and filters, as under autocast
+        check_images((2, 3, 9, 9), 32, dtype, strides=(0, 9, 27, 1))
+        assert fusion_triton.convolve_images(torch.empty(0, 3, 8, 8), *STEM, "relu", dtype).shape == (0, 8, 4, 4)
+
+    @torch.no_grad()
+    @pytest.mark.usefixtures("exact_products")
+    def test_the_stem_is_computed_by_it(self, monkeypatch):
+        """As on a GPU: in the model as it is and fused, compiled or not, in half precision and under autocast."""
+        calls = []
+        monkeypatch.setattr(modeling, "image_convolution", fusion_mambavision._convolve_images)
+        monkeypatch.setattr(
+            fusion_mambavision,
+            "convolve_images",
+            lambda *args: (calls.append(1), fusion_triton.convolve_images(*args))[1],
+        )
+        config = MambaVisionConfig(dim=16, in_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], num_labels=4)
+        model = modeling.MambaVisionModelForImageClassification(config).eval()
+        for norm in (model.model.patch_embed.conv_down[i] for i in (1, 4)):
+            for tensor in (norm.running_mean, norm.weight, norm.bias):
+                tensor.normal_()
+        x = torch.randn(2, 3, 19, 32)
+        expected = model.model.patch_embed(x)
+        assert not calls  # in float32
+        half, half_fused = copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().fuse()
+        graphs = []
+        compiled = torch.compile(half.model.patch_embed, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+        for stem in (half.model.patch_embed, half_fused.model.patch_embed, compiled):
+            assert error(stem(x.bfloat16()), expected) < 0.02 and len(calls) == 1
+            calls.clear()
+        assert sum("convolve_images" in str(node.target) for node in graphs[0].graph.nodes) == 1
+        for stem in (model.model.patch_embed, model.fuse().model.patch_embed):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = stem(x)
+            assert y.dtype == torch.bfloat16 and error(y, expected) < 0.02 and len(calls) == 1
+            calls.clear()
+        with torch.enable_grad():
+            half.model.patch_embed(x.bfloat16()).sum().backward()
+        assert not calls and all(p.grad is not None for p in half.model.patch_embed.parameters())
+
     @torch.no_grad()
     def test_what_is_no_number_stays_so(self):
         x = torch.full((1, 16, 2, 2), torch.nan).contiguous(memory_format=torch.channels_last)
@@ -456,6 +549,51 @@ class TestChoice:
 
 
 @torch.no_grad()
+def test_images_in_the_ordinary_way(monkeypatch):
+    """What the kernel would compute wrongly, and where somebody records or looks on."""
+    taken = []
+    monkeypatch.setattr(fusion_mambavision, "convolve_images", lambda *args: taken.append(args[3:]) or args[0])
+
+    def takes(x=None, conv=None, norm=None, activation=None):
+        taken.clear()
+        given = (torch.randn(2, 3, 8, 6).bfloat16() if x is None else x, conv or STEM[0], norm or STEM[1])
+        return fusion_mambavision._convolve_images(*given, activation or nn.ReLU()) is not None
+
+    def conv(*args, **settings):
+        return nn.Conv2d(*args, **{"dtype": torch.bfloat16, "stride": 2, "padding": 1, "bias": False, **settings})
+
+    assert takes() and taken == [("relu", torch.bfloat16)]
+    assert fusion_mambavision.image_convolution(torch.zeros(1, 3, 8, 8).bfloat16(), *STEM, None) is None  # on a CPU
+    x = torch.randn(2, 3, 8, 6)
+    assert not takes(x) and not takes(x.half()) and not takes(x.double())
+    assert not takes(x[0].bfloat16()) and not takes(x[:0].bfloat16()) and not takes(x[:, :2].bfloat16())
+    assert not takes(torch.zeros(1, 1).bfloat16().expand(2**31, 1)[:, :, None, None].expand(-1, 3, 1, 1))
+    for wrong in (
+        conv(3, 8, 5), conv(3, 8, 3, padding=0), conv(3, 8, 3, stride=1), conv(3, 8, 3, dilation=2),
+        conv(3, 9, 3, groups=3), conv(3, 130, 3), conv(3, 8, 3, padding_mode="reflect"), conv(3, 8, 3, device="meta"),
+    ):  # fmt: skip
+        assert not takes(conv=wrong, norm=nn.BatchNorm2d(wrong.out_channels).eval())
+    assert takes(torch.randn(2, 7, 8, 6).bfloat16(), conv(7, 8, 3))
+    assert not takes(torch.randn(2, 8, 8, 6).bfloat16(), conv(8, 8, 3))
+    assert not takes(norm=nn.BatchNorm2d(8)) and not takes(norm=nn.Identity()) and not takes(activation=nn.SiLU())
+    hooked = copy.deepcopy(STEM[0])
+    hooked.register_forward_hook(lambda *_: None)
+    assert not takes(conv=hooked)
+    with torch.autocast("cpu", torch.float16):
+        assert takes() and takes(x) and takes(x, conv(3, 8, 3, dtype=None)) and taken == [("relu", torch.float16)]
+        assert not takes(x.double())
+    with torch.enable_grad():
+        assert not takes()
+    with FlopCounterMode(display=False):
+        assert not takes()
+    torch.func.vmap(lambda x: [x, takes(x) and pytest.fail("transformed")][0])(x[None].bfloat16())
+    fused = fusion_mambavision.FusedConv2d(STEM[0], nn.ReLU())
+    assert takes(conv=fused, norm=nn.Identity(), activation=nn.Identity()) and not takes(conv=fused)
+    fused.register_forward_hook(lambda *_: None)
+    assert not takes(conv=fused, norm=nn.Identity(), activation=nn.Identity())
+
+
+@torch.no_grad()
 def test_what_follows_a_convolution_in_the_ordinary_way():
     """What the kernel would read wrongly, and where somebody records or looks on."""
     can = fusion_mambavision._can_finish
@@ -539,7 +677,7 @@ except ImportError as error:
 
 # What the compiler is told of each kernel: which arguments point to what. The rest are integers.
 INPUTS = ("u", "dt", "B", "C", "dt_bias", "x", "y", "W", "z", "weight", "grad_y", "grad_u", "grad_dt", "grad_x")
-INPUTS += ("offset", "mean", "variance", "bias")
+INPUTS += ("offset", "mean", "variance", "bias", "filters")
 EXACT = ("starts", "ends", "totals", "grad_weights", "grad_parameters", "grad_weight", "A", "D")
 FINISH = {"HAS_OFFSET": True, "HAS_NORM": True, "HAS_BIAS": True}
 SCAN = {"STATES": 8, "BLOCK": kernels._LANES, "STEPS": kernels._STEPS}
@@ -558,6 +696,10 @@ VARIANTS = [
         for width, activation in itertools.product((80, 160, 196), ACTIVATIONS)
     ),
 ]
+IMAGES = [  # for GPUs with matrix units for both half precisions
+    ("_convolve_images_kernel", {**FINISH, **fusion_triton._image_tile(*shape), "ACTIVATION": "relu"})
+    for shape in ((3, 32), (3, 64), (1, 16), (7, 64))
+]
 
 
 def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", align=None, row=36):
@@ -565,7 +707,8 @@ def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", ali
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(fusion_triton if name == "_finish_kernel" else kernels, name)
+    is_fusion = name in ("_finish_kernel", "_convolve_images_kernel")
+    kernel = getattr(fusion_triton if is_fusion else kernels, name)
     if "COMPUTE" in kernel.arg_names:
         constants = {**constants, "COMPUTE": triton.language.float64 if exact == "fp64" else triton.language.float32}
     if "ALIGN" in kernel.arg_names:
@@ -577,13 +720,15 @@ def compile_for(arch, name, constants, inputs, exact="fp32", integers="i32", ali
     constants |= {p.name: steps[p.name] for p in kernel.params if p.is_constexpr and p.name in steps}
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     positions = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    known = (*EXACT, "y", "grad_u", *(("x",) if name == "_finish_kernel" else ()))
+    known = (*EXACT, "y", "grad_u", *(("x",) if is_fusion else ()))
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in known}
     source = ASTSource(kernel, signature, constexprs=positions, attrs=aligned)
     options = fusion_triton._OPTIONS if name == "_finish_kernel" else kernels._OPTIONS
+    options = fusion_triton._IMAGE_OPTIONS if name == "_convolve_images_kernel" else options
     if name in ("_scan_kernel", "_chunk_ends_kernel"):
         options = kernels._walk_options(constants["STATES"], chunks=2 if constants.get("CHUNKED", 1) else 1)
-    options = {**options, "num_warps": kernels._TILE["num_warps"]} if "convolve" in name else options
+    if name in ("_convolve_kernel", "_convolve_backward_kernel"):
+        options = {**options, "num_warps": kernels._TILE["num_warps"]}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -629,10 +774,10 @@ class TestCompiled:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
 
     @pytest.mark.parametrize("arch", [80, 90])
-    @pytest.mark.parametrize(("name", "constants"), VARIANTS, ids=lambda x: x if isinstance(x, str) else "")
+    @pytest.mark.parametrize(("name", "constants"), VARIANTS + IMAGES, ids=lambda x: x if isinstance(x, str) else "")
     def test_every_kernel_compiles(self, tmp_path, arch, name, constants):
         flags = {key: value for key, value in constants.items() if key in ("CHUNKED", "SAVE", "BACKWARD", "UNIT")}
-        for inputs in ("bf16", "fp32"):
+        for inputs in ("bf16", "fp16" if (name, constants) in IMAGES else "fp32"):
             compiled = compile_for(arch, name, constants, inputs)
             registers, stack = resources(compiled, tmp_path)
             print(f"sm_{arch} {name} {flags} {inputs}: {registers} registers, {stack} bytes spilled")
@@ -658,6 +803,16 @@ class TestCompiled:
         for name, constants in (VARIANTS[3], VARIANTS[5], VARIANTS[6]):
             compiled = compile_for(90, name, constants, "bf16", integers=integers, align=2)
             assert "ld.global" in compiled.asm["ptx"]
+
+    def test_images_are_read_along_their_rows(self):
+        """Lanes of a warp take pixels side by side, and write all of a pixel's channels at once."""
+        compiled = compile_for(90, *IMAGES[0], "bf16")
+        loads = re.search(
+            rf"tt\.load .*tensor<{32 * fusion_triton._PIXELS}x!tt\.ptr<bf16>, (#\w+)>", compiled.asm["ttgir"]
+        )
+        layout = re.search(rf"^{loads[1]} = .*", compiled.asm["ttgir"], re.MULTILINE)[0]
+        assert "sizePerThread = [1], threadsPerWarp = [32]" in layout
+        assert "mma" in compiled.asm["ptx"] and "st.global.v4.b32" in compiled.asm["ptx"]
 
     def test_aligned_rows_are_read_by_vector_loads(self):
         loads = [
@@ -777,6 +932,16 @@ class TestLaunched:
             functions += [function for _, function, _ in launches.noted]
         assert functions[:2] == functions[2:] and functions[0] != functions[1]
 
+    def test_images(self, launches, monkeypatch):
+        conv, norm = STEM
+        for x in (torch.zeros(2, 3, 9, 8).bfloat16(), torch.zeros(2, 3, 9, 9)):
+            first, second = self.noted_twice(
+                launches,
+                monkeypatch,
+                lambda x=x: fusion_triton.convolve_images(x, conv, norm, "relu", torch.bfloat16),
+            )
+            assert first == second and len(first) == 1
+
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_finish(self, launches, monkeypatch, activation):
         x = torch.zeros(2, 32, 5, 5).contiguous(memory_format=torch.channels_last)
@@ -860,6 +1025,32 @@ class TestOnGpu:
     def test_what_follows_a_convolution(self, activation, dtype):
         for width, parts in itertools.product((20, 32, 80, 160, 196), ("both", "norm", "offset")):
             check_finish((3, width, 57, 31), dtype, activation, parts, device="cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_images(self, dtype):
+        for parts, activation in itertools.product(("both", "norm", "offset"), ACTIVATIONS):
+            check_images((2, 3, 70, 101), 32, dtype, activation, parts, device="cuda")
+        for shape, filters in (((1, 3, 1, 1), 64), ((2, 1, 9, 2), 5), ((1, 7, 8, 11), 32), ((3, 4, 1, 16), 48)):
+            check_images(shape, filters, dtype, device="cuda")
+        check_images((2, 3, 224, 224), 64, dtype, strides=torch.channels_last, device="cuda")
+        check_images((2, 3, 224, 224), 32, dtype, given=torch.float32, device="cuda")
+
+    def test_a_model_takes_images_as_they_lie(self):
+        """In half precision and under autocast, compiled or not: as with its stem in cuDNN's hands."""
+        config = MambaVisionConfig(dim=16, in_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], num_labels=4)
+        model = modeling.MambaVisionModelForImageClassification(config).eval().cuda()
+        x = torch.randn(2, 3, 70, 90, device="cuda")
+        expected = model(x).logits.detach()
+        with torch.no_grad():
+            for half in (copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().fuse()):
+                assert (
+                    fusion_mambavision.image_convolution(x.bfloat16(), *half.model.patch_embed.conv_down[:3])
+                    is not None
+                )
+                for run in (half, torch.compile(half, fullgraph=True)):
+                    assert error(run(x.bfloat16()).logits, expected.double().cpu()) < 0.05
+            with torch.autocast("cuda", torch.float16):
+                assert error(model(x).logits, expected.double().cpu()) < 0.05
 
     @pytest.mark.parametrize("shape", [(64, 196, 160), (1, 4096, 160)])
     def test_twice_gives_the_same_bits(self, shape):
