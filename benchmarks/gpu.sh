@@ -19,7 +19,7 @@ cd "$root" || exit 1
 total=${TOTAL:-530} # seconds for everything
 build=170           # in the background, while the tests run
 warming=150         # in the background too: torch.compile keeps what it made
-gpu_tests=130
+gpu_tests=165
 mamba_ssm_tests=40
 scan=60
 models=50
@@ -80,7 +80,7 @@ for ahead in ours-compiled ours-graphs ours-fused-compiled convnext_tiny-compile
 done
 
 mapfile -t gpu_files < <(grep -l 'mark\.gpu' tests/test_*.py)
-step gpu-tests "$gpu_tests" "$python" -m pytest -o addopts= -q -n 6 -m gpu "${gpu_files[@]}"
+step gpu-tests "$gpu_tests" "$python" -m pytest -o addopts= -q -n 8 -m gpu "${gpu_files[@]}"
 if [[ $building ]]; then
   wait "$building"
   status=$?

@@ -1035,22 +1035,28 @@ class TestOnGpu:
         check_images((2, 3, 224, 224), 64, dtype, strides=torch.channels_last, device="cuda")
         check_images((2, 3, 224, 224), 32, dtype, given=torch.float32, device="cuda")
 
+    @torch.no_grad()
     def test_a_model_takes_images_as_they_lie(self):
-        """In half precision and under autocast, compiled or not: as with its stem in cuDNN's hands."""
+        """In half precision and under autocast, as it is and fused; and what is written anew where it is compiled."""
         config = MambaVisionConfig(dim=16, in_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], num_labels=4)
         model = modeling.MambaVisionModelForImageClassification(config).eval().cuda()
         x = torch.randn(2, 3, 70, 90, device="cuda")
-        expected = model(x).logits.detach()
-        with torch.no_grad():
-            for half in (copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().fuse()):
-                assert (
-                    fusion_mambavision.image_convolution(x.bfloat16(), *half.model.patch_embed.conv_down[:3])
-                    is not None
-                )
-                for run in (half, torch.compile(half, fullgraph=True)):
-                    assert error(run(x.bfloat16()).logits, expected.double().cpu()) < 0.05
-            with torch.autocast("cuda", torch.float16):
-                assert error(model(x).logits, expected.double().cpu()) < 0.05
+        expected = model(x).logits.double().cpu()
+        for half in (copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().fuse()):
+            stem = list(half.model.patch_embed.conv_down)
+            assert fusion_mambavision.image_convolution(x.bfloat16(), *stem[:3]) is not None
+            assert error(half(x.bfloat16()).logits, expected) < 0.05
+        with torch.autocast("cuda", torch.float16):
+            assert error(model(x).logits, expected) < 0.01
+        half, tokens = copy.deepcopy(model).bfloat16().model, torch.randn(2, 9, 64, device="cuda")
+        pairs = (
+            (model.model.patch_embed, half.patch_embed, x),
+            (model.model.levels[0].blocks[0], half.levels[0].blocks[0], torch.randn(2, 16, 9, 8, device="cuda")),
+            (model.model.levels[2].blocks[0].mlp, half.levels[2].blocks[0].mlp, tokens),
+        )
+        for layer, its_half, inputs in pairs:
+            compiled = torch.compile(its_half, fullgraph=True)
+            assert error(compiled(inputs.bfloat16()), layer(inputs).double().cpu()) < 0.02
 
     @pytest.mark.parametrize("shape", [(64, 196, 160), (1, 4096, 160)])
     def test_twice_gives_the_same_bits(self, shape):
