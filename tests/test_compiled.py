@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from repository import fusion_mambavision
+from repository import fusion_mambavision, modeling_mambavision
 from repository.modeling_mambavision import MambaVisionModel, MambaVisionModelForImageClassification
 from weights import filled, image
 
@@ -40,12 +40,30 @@ def test_gelu_for_gpus(monkeypatch, approximate, dtype):
     )
     with torch.no_grad():
         y, exact = compiled(x, gelu), gelu(x.double())
+        assert y.dtype == dtype and "gelu" not in graphs[0].code
         assert compiled(torch.tensor([torch.inf, torch.nan], dtype=dtype), gelu).isnan().tolist() == [False, True]
-    assert y.dtype == dtype and "gelu" not in graphs[0].code
+        assert torch.equal(compiled(x.float(), gelu), gelu(x.float())) and "gelu" in graphs[-1].code
+        assert torch.equal(fusion_mambavision.activated(x, gelu), gelu(x))  # where nobody compiles
+        layer = fusion_mambavision.FusedLinear(torch.nn.Linear(4, 4, dtype=dtype), gelu)
+        assert "gelu" in torch.export.export(layer, (x[:4],)).graph_module.code
     assert ((y - exact).abs() <= 2 * (exact.to(dtype) - exact).abs() + 1e-4 * exact.abs() + 1e-7).all()
     assert (y == exact.to(dtype)).float().mean() >= (gelu(x) == exact.to(dtype)).float().mean()
     assert torch.equal(compiled(x, gelu), gelu(x)) and "gelu" in graphs[-1].code  # where gradients are recorded
-    assert torch.equal(fusion_mambavision.activated(x, gelu), gelu(x))  # and where nobody compiles
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_model_s_gelus_for_gpus(shallow_classifier, monkeypatch, fused):
+    """In blocks of both kinds; the images' convolution, which is for GPUs too, has tests of its own."""
+    monkeypatch.setattr(modeling_mambavision, "image_convolution", lambda *_: None)
+    model, graphs = shallow_classifier.bfloat16(), []
+    pixel_values = image((1, 3, 64, 64)).bfloat16()
+    for is_on_gpu in (True, False):
+        monkeypatch.setattr(fusion_mambavision, "_is_on_gpu", lambda x, it=is_on_gpu: it)
+        torch.compiler.reset()
+        backend = lambda graph, _: graphs.append(graph) or graph  # noqa: E731
+        with torch.inference_mode():
+            torch.compile(model.fuse() if fused else model, fullgraph=True, backend=backend)(pixel_values)
+    assert ["gelu" in graph.code for graph in graphs] == [False, True]
 
 
 def test_compiled_training_step_is_one_graph_and_equal(shallow_classifier):

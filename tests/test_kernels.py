@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, copy_code, run_python, skip_where_tritons_interpreter_is_broken
 from repository.selective_scan import selective_scan_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.dynamic_module_utils import get_imports
 
@@ -153,8 +154,13 @@ def check_images(shape, filters, dtype, activation="relu", parts="norm", given=N
     norm.running_var.uniform_(0.1, 2.0, generator=generator)
     norm = norm if parts != "offset" else None
     x = torch.randn(shape, generator=generator).to(given or dtype)
-    if strides is not None:
-        x = x.as_strided(shape, strides) if isinstance(strides, tuple) else x.contiguous(memory_format=strides)
+    if isinstance(strides, tuple):  # and filters with gaps between them
+        x, conv.weight = (
+            x.as_strided(shape, strides),
+            nn.Parameter(torch.cat([conv.weight.data, conv.weight.data])[::2]),
+        )
+    elif strides is not None:
+        x = x.contiguous(memory_format=strides)
     with torch.no_grad():
         bias = None if conv.bias is None else conv.bias.double()
         expected = F.conv2d(x.to(dtype).double(), conv.weight.to(dtype).double(), bias, 2, 1)
@@ -434,6 +440,9 @@ class TestInterpreted:
                 y = stem(x)
             assert y.dtype == torch.bfloat16 and error(y, expected) < 0.02 and len(calls) == 1
             calls.clear()
+        exported = torch.export.export(half.model.patch_embed, (x.bfloat16(),))
+        traced = torch.jit.trace(half.model.patch_embed, x.bfloat16(), check_trace=False)
+        assert not calls and "convolve_images" not in str(exported.graph) + str(traced.inlined_graph)
         with torch.enable_grad():
             half.model.patch_embed(x.bfloat16()).sum().backward()
         assert not calls and all(p.grad is not None for p in half.model.patch_embed.parameters())
@@ -548,6 +557,13 @@ class TestChoice:
             assert kernels.runs_on(torch.device("cuda")) == runs
 
 
+class Onlooker(TorchDispatchMode):
+    """A mode that is told of every operator, and changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def test_images_in_the_ordinary_way(monkeypatch):
     """What the kernel would compute wrongly, and where somebody records or looks on."""
@@ -584,9 +600,16 @@ def test_images_in_the_ordinary_way(monkeypatch):
         assert not takes(x.double())
     with torch.enable_grad():
         assert not takes()
-    with FlopCounterMode(display=False):
+    with Onlooker():
         assert not takes()
     torch.func.vmap(lambda x: [x, takes(x) and pytest.fail("transformed")][0])(x[None].bfloat16())
+    monkeypatch.setattr(fusion_mambavision, "_is_on_gpu", lambda x: True)
+    for capability, backend, runs in (((7, 5), "triton", False), ((8, 0), "torch", False), ((8, 0), "triton", True)):
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, its=capability: its)
+        monkeypatch.setattr(fusion_mambavision, "backend_on", lambda device, its=backend: its)
+        y = fusion_mambavision.image_convolution(torch.zeros(1, 3, 8, 8).bfloat16(), *STEM, None)
+        assert (y is not None) == runs
     fused = fusion_mambavision.FusedConv2d(STEM[0], nn.ReLU())
     assert takes(conv=fused, norm=nn.Identity(), activation=nn.Identity()) and not takes(conv=fused)
     fused.register_forward_hook(lambda *_: None)
@@ -1083,6 +1106,15 @@ class TestOnGpu:
         assert x.numel() > 2**31
         y = fusion_triton.finish(x, torch.ones(16, device="cuda"), None, "none")
         assert y.min() == y.max() == 1
+
+    def test_images_of_more_than_32_bits_of_elements(self):
+        image = torch.randn(1, 3, 500, 500, device="cuda").bfloat16()
+        x = image.expand(2900, -1, -1, -1).contiguous()
+        assert x.numel() > 2**31
+        conv, norm = (layer.to("cuda") for layer in copy.deepcopy(STEM))
+        with torch.no_grad():
+            y, expected = (fusion_triton.convolve_images(z, conv, norm, "relu", torch.bfloat16) for z in (x, image))
+        assert torch.equal(y[0], expected[0]) and torch.equal(y[-1], expected[0])
 
     def test_more_than_32_bits_of_elements(self):
         if torch.cuda.get_device_properties(0).total_memory < 70e9:
