@@ -23,6 +23,8 @@ except ImportError:
     raise
 
 
+MOST_CHANNELS, MOST_FILTERS = 7, 64  # of `convolve_images`: there are then 63 numbers around a pixel
+
 _ELEMENTS = 4096  # of a program
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _PIXELS = 256  # of a program, of a map made from images
@@ -75,9 +77,6 @@ def convolve_images(
     """
     eps = 0.0 if norm is None else norm.eps
     return _convolve_images(x, conv.weight, conv.bias, *_vectors(norm), eps, activation, dtype)
-
-
-MOST_CHANNELS, MOST_FILTERS = 7, 64  # so 63 numbers around a pixel
 
 
 def _convolve(
