@@ -473,6 +473,7 @@ def image_convolution(
 
 
 def _convolve_images(x: Tensor, conv: nn.Module, norm: nn.Module | None, activation: nn.Module | None) -> Tensor | None:
+    """That, if the kernel computes what the layers do, and nobody records or looks on."""
     if torch.is_grad_enabled() or is_traced_for_export() or is_transformed() or (not is_traced() and has_modes()):
         return None
     if type(conv) is FusedConv2d:

@@ -4,8 +4,7 @@
 other, are bound by memory: three passes over a map become one.
 
 `convolve_images`: the stem's first convolution, with all that, in one pass. It has too few channels for cuDNN, which
-copies the images into channels_last and then multiplies without the GPU's matrix units: of a compiled T at batch 128
-that took a tenth of the time.
+wants the images copied into channels_last, and then multiplies without the GPU's matrix units.
 """
 
 import torch

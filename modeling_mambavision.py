@@ -78,17 +78,13 @@ class PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self._checked(pixel_values)
-        layers = self.conv_down
-        is_usual = type(layers) is nn.Sequential and len(layers) == 6 and is_untouched(layers)
-        first, second = (list(layers)[:3], list(layers)[3:]) if is_usual else ([], [])
-        if is_usual and (y := image_convolution(x, *first)) is not None:
-            return convolution(y, *second)
-        if misreads_layouts(x.device):
-            x = x.contiguous()
-        elif not is_transformed():  # vmap knows no layouts
-            # channels_last: the faster one of the convolutions, and the one in which windows of tokens are a view
-            x = x.contiguous(memory_format=torch.channels_last)
-        return convolution(convolution(x, *first), *second) if is_usual else layers(x)
+        if type(self.conv_down) is not nn.Sequential or len(self.conv_down) != 6 or not is_untouched(self.conv_down):
+            return self.conv_down(_laid_out(x))
+        conv1, norm1, act1, conv2, norm2, act2 = self.conv_down
+        y = image_convolution(x, conv1, norm1, act1)
+        if y is None:
+            y = convolution(_laid_out(x), conv1, norm1, act1)
+        return convolution(y, conv2, norm2, act2)
 
     def _checked(self, pixel_values: Tensor) -> Tensor:
         """The input in the weights' precision; reads only what a tracer knows too, so it costs a graph nothing."""
@@ -108,6 +104,16 @@ class PatchEmbed(nn.Module):
             if isinstance(weight, Tensor) and weight.is_floating_point():
                 return pixel_values.to(weight.dtype)
         return pixel_values
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """Images (B, C, H, W) in the layout that all maps then have."""
+    if misreads_layouts(x.device):
+        return x.contiguous()
+    if is_transformed():  # vmap knows no layouts
+        return x
+    # channels_last: the faster one of the convolutions, and the one in which windows of tokens are a view
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Downsample(nn.Module):

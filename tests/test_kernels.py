@@ -122,22 +122,31 @@ def error(actual, expected):
 ACTIVATIONS = {"none": nn.Identity(), "relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}
 
 
+def random_norm(width, generator):
+    norm = nn.BatchNorm2d(width, eps=0.1).eval()
+    for tensor in (norm.running_mean, norm.weight.data, norm.bias.data):
+        tensor.normal_(generator=generator)
+    norm.running_var.uniform_(0.1, 2.0, generator=generator)
+    return norm
+
+
+def normed_and_activated(x, norm, activation):
+    """In float64."""
+    if norm is not None:
+        tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        x = F.batch_norm(x, *(tensor.double() for tensor in tensors), eps=norm.eps)
+    return ACTIVATIONS[activation](x)
+
+
 def check_finish(shape, dtype, activation, parts="both", device="cpu"):
     """What follows a convolution, in the place of its result: the offset, the norm, both, and an activation."""
     generator = torch.Generator().manual_seed(shape[1])
     x = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=torch.channels_last)
-    norm, offset = nn.BatchNorm2d(shape[1], eps=0.1).eval(), torch.randn(shape[1], generator=generator)
-    for tensor in (norm.running_mean, norm.weight.data, norm.bias.data):
-        tensor.normal_(generator=generator)
-    norm.running_var.uniform_(0.1, 2.0, generator=generator)
-    norm = norm if parts != "offset" else None
-    offset = offset if parts != "norm" else None
+    norm = random_norm(shape[1], generator) if parts != "offset" else None
+    offset = torch.randn(shape[1], generator=generator) if parts != "norm" else None
     with torch.no_grad():
         expected = x.double() if offset is None else x.double() + offset.double().view(1, -1, 1, 1)
-        if norm is not None:
-            tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-            expected = F.batch_norm(expected, *(x.double() for x in tensors), eps=norm.eps)
-        expected = ACTIVATIONS[activation](expected)
+        expected = normed_and_activated(expected, norm, activation)
         there = x.to(device)
         inputs = (None if offset is None else offset.to(device), norm and norm.to(device))
         y = fusion_triton.finish(there, *inputs, activation)
@@ -148,26 +157,20 @@ def check_finish(shape, dtype, activation, parts="both", device="cpu"):
 def check_images(shape, filters, dtype, activation="relu", parts="norm", given=None, strides=None, device="cpu"):
     """The stem's first convolution and what follows it, of images in any layout, against float64."""
     generator = torch.Generator().manual_seed(shape[1] + filters)
-    norm, conv = nn.BatchNorm2d(filters, eps=0.1).eval(), nn.Conv2d(shape[1], filters, 3, 2, 1, bias=parts != "norm")
-    for tensor in (conv.weight.data, norm.running_mean, norm.weight.data, norm.bias.data):
-        tensor.normal_(generator=generator)
-    norm.running_var.uniform_(0.1, 2.0, generator=generator)
-    norm = norm if parts != "offset" else None
+    norm = random_norm(filters, generator) if parts != "offset" else None
+    conv = nn.Conv2d(shape[1], filters, 3, 2, 1, bias=parts != "norm")
+    for parameter in conv.parameters():
+        parameter.data.normal_(generator=generator)
     x = torch.randn(shape, generator=generator).to(given or dtype)
-    if isinstance(strides, tuple):  # and filters with gaps between them
-        x, conv.weight = (
-            x.as_strided(shape, strides),
-            nn.Parameter(torch.cat([conv.weight.data, conv.weight.data])[::2]),
-        )
+    if isinstance(strides, tuple):
+        x = x.as_strided(shape, strides)
+        conv.weight = nn.Parameter(conv.weight.data.repeat(2, 1, 1, 1)[::2])  # with gaps between the filters
     elif strides is not None:
         x = x.contiguous(memory_format=strides)
     with torch.no_grad():
         bias = None if conv.bias is None else conv.bias.double()
         expected = F.conv2d(x.to(dtype).double(), conv.weight.to(dtype).double(), bias, 2, 1)
-        if norm is not None:
-            tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-            expected = F.batch_norm(expected, *(x.double() for x in tensors), eps=norm.eps)
-        expected = ACTIVATIONS[activation](expected)
+        expected = normed_and_activated(expected, norm, activation)
         layers = (conv.to(device, memory_format=torch.channels_last if given else None), norm and norm.to(device))
         y = fusion_triton.convolve_images(x.to(device), *layers, activation, dtype)
     assert y.shape == expected.shape and y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
@@ -586,7 +589,7 @@ def test_images_in_the_ordinary_way(monkeypatch):
     assert not takes(torch.zeros(1, 1).bfloat16().expand(2**31, 1)[:, :, None, None].expand(-1, 3, 1, 1))
     for wrong in (
         conv(3, 8, 5), conv(3, 8, 3, padding=0), conv(3, 8, 3, stride=1), conv(3, 8, 3, dilation=2),
-        conv(3, 9, 3, groups=3), conv(3, 130, 3), conv(3, 8, 3, padding_mode="reflect"), conv(3, 8, 3, device="meta"),
+        conv(3, 9, 3, groups=3), conv(3, 65, 3), conv(3, 8, 3, padding_mode="reflect"), conv(3, 8, 3, device="meta"),
     ):  # fmt: skip
         assert not takes(conv=wrong, norm=nn.BatchNorm2d(wrong.out_channels).eval())
     assert takes(torch.randn(2, 7, 8, 6).bfloat16(), conv(7, 8, 3))
@@ -1068,7 +1071,7 @@ class TestOnGpu:
         for half in (copy.deepcopy(model).bfloat16(), copy.deepcopy(model).bfloat16().fuse()):
             stem = list(half.model.patch_embed.conv_down)
             assert fusion_mambavision.image_convolution(x.bfloat16(), *stem[:3]) is not None
-            assert error(half(x.bfloat16()).logits, expected) < 0.05
+            assert error(half(x.bfloat16()).logits, expected) < 0.02
         with torch.autocast("cuda", torch.float16):
             assert error(model(x).logits, expected) < 0.01
         half, tokens = copy.deepcopy(model).bfloat16().model, torch.randn(2, 9, 64, device="cuda")
